@@ -1,0 +1,45 @@
+"""Sparse, quantized attention for any model: one call on the arrays of any framework.
+
+>>> import numpy as np, cusparge
+>>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 256, 64), dtype=np.float32)
+>>> out, stats = cusparge.attention(q, k, v, return_stats=True)
+>>> out.shape
+(1, 2, 256, 64)
+
+`attention` computes it, `attention_varlen` does so for packed sequences, and `predict_block_map`
+tells which blocks it would compute. `TopCdf`, `TopK` and `Dense` say what may be skipped.
+`cusparge.reference` is the float64 oracle of the same rules, written to be read beside the paper
+(SpargeAttn, arXiv:2502.18137).
+"""
+
+from cusparge import reference
+from cusparge._types import AttentionStats, BlockMap
+from cusparge._version import __version__
+from cusparge.attention import attention, attention_varlen, predict_block_map
+from cusparge.errors import (
+    CompileError,
+    CuspargeError,
+    DeviceError,
+    InvalidArgumentError,
+    UnsupportedError,
+)
+from cusparge.policy import Dense, Policy, TopCdf, TopK
+
+__all__ = [
+    "AttentionStats",
+    "BlockMap",
+    "CompileError",
+    "CuspargeError",
+    "Dense",
+    "DeviceError",
+    "InvalidArgumentError",
+    "Policy",
+    "TopCdf",
+    "TopK",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "predict_block_map",
+    "reference",
+]

@@ -1,0 +1,10 @@
+"""Arrays of any framework in, arrays of the same framework out.
+
+Everything that knows a framework lives in this package, and no framework is ever imported by it: an
+array is recognised by its type, whose module must then be loaded already.
+"""
+
+from cusparge._arrays.adapters import Adapter, Device, adapter_for, adapter_of
+from cusparge._arrays.view import HostArray
+
+__all__ = ["Adapter", "Device", "HostArray", "adapter_for", "adapter_of"]

@@ -1,0 +1,392 @@
+"""Arguments in, a `Problem` out: every argument of the public calls is checked here, once.
+
+Nothing is allocated and no element of q, k or v is read before all of these checks have passed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+from cusparge._arrays import HostArray, adapter_of
+from cusparge._arrays.view import FLOAT_DTYPES, to_float
+from cusparge._types import BlockMap, Problem
+from cusparge.errors import InvalidArgumentError, UnsupportedError
+from cusparge.policy import Dense, Policy, TopCdf, TopK
+
+__all__ = [
+    "check_arrays",
+    "check_block_map",
+    "check_flag",
+    "check_numerics",
+    "check_packed_arrays",
+]
+
+_THRESHOLDS = ("cdf_threshold", "sim_threshold", "keep", "pv_threshold")
+MAX_HEAD_DIM = 256
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return a bool, or say that it is none."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise InvalidArgumentError(f"{name} must be True or False: got {value!r}.")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value in allowed:
+        return value
+    words = " and ".join(f'"{word}"' for word in allowed)
+    raise InvalidArgumentError(f"{name} is unknown: got {value!r}; allowed {words}.")
+
+
+def _check_dtypes(views: dict[str, HostArray]) -> str:
+    for name, view in views.items():
+        if view.dtype not in FLOAT_DTYPES:
+            raise InvalidArgumentError(
+                f"{name} has dtype {view.dtype}: allowed float16, bfloat16, float32 and, on the "
+                "CPU, float64. Convert it first."
+            )
+    found = {name: view.dtype for name, view in views.items()}
+    if len(set(found.values())) > 1:
+        listing = ", ".join(f"{name}: {dtype}" for name, dtype in found.items())
+        raise InvalidArgumentError(
+            f"{', '.join(views)} have different dtypes: got {listing}. Convert them to one dtype; "
+            "the result has it too."
+        )
+    return next(iter(found.values()))
+
+
+def _check_strides(views: dict[str, HostArray]) -> None:
+    for name, view in views.items():
+        data = view.data
+        if data.size and data.shape[-1] > 1 and data.strides[-1] != data.itemsize:
+            steps = tuple(stride // data.itemsize for stride in data.strides)
+            raise InvalidArgumentError(
+                f"{name}'s last dimension is not contiguous: got strides {steps} (elements) for "
+                f"shape {data.shape}; the last one must be 1, the others are free. Pass "
+                f"`{name}.contiguous()` (torch) or `numpy.ascontiguousarray({name})`."
+            )
+
+
+def _check_rank(views: dict[str, HostArray], rank: int, meaning: str) -> None:
+    for name, view in views.items():
+        if len(view.shape) != rank:
+            raise InvalidArgumentError(
+                f"{name} has {len(view.shape)} dimensions: got shape {view.shape}; allowed {rank}, "
+                f"{meaning}."
+            )
+
+
+def _check_heads(shapes: dict[str, tuple[int, ...]], heads_axis: int, layout: str) -> None:
+    """Check head counts and head_dim; `shapes` may hold q and k alone."""
+    q, k = shapes["q"], shapes["k"]
+    listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    for name in ("k", "v"):
+        if name in shapes and shapes[name][-1] != q[-1]:
+            raise InvalidArgumentError(
+                f"{name} has another head_dim than q: got {shapes[name][-1]} and {q[-1]} "
+                f"({listing}); the last dimensions must be equal."
+            )
+    if "v" in shapes and shapes["v"] != k:
+        raise InvalidArgumentError(
+            f"v has another shape than k: got {listing}; k and v must agree in every dimension."
+        )
+    if not 1 <= q[-1] <= MAX_HEAD_DIM:
+        size = "large" if q[-1] else "small"
+        raise InvalidArgumentError(
+            f"head_dim is too {size}: got {q[-1]} (q.shape = {q}); allowed 1 to {MAX_HEAD_DIM}. "
+            "Check that the last dimension is head_dim, or use another attention for this layer."
+        )
+    heads_q, heads_kv = q[heads_axis], k[heads_axis]
+    if heads_q and (heads_kv == 0 or heads_q % heads_kv):
+        raise InvalidArgumentError(
+            f"the number of heads of q is no multiple of that of k and v: got {heads_q} and "
+            f"{heads_kv} ({listing}, {layout}). With grouped queries each key head "
+            "serves the same number of query heads; check the layout argument as well."
+        )
+
+
+def _check_policy(policy: Any, num_heads_q: int) -> Policy:
+    if policy is None:
+        return TopCdf()
+    if not isinstance(policy, (TopCdf, TopK, Dense)):
+        raise InvalidArgumentError(
+            f"policy must be a TopCdf, TopK or Dense, or None for TopCdf(): got {policy!r}."
+        )
+    for name in _THRESHOLDS:
+        value = getattr(policy, name, None)
+        if isinstance(value, tuple) and len(value) != num_heads_q:
+            raise InvalidArgumentError(
+                f"{name} has {len(value)} values for {num_heads_q} query heads: pass one number, "
+                "or one for each query head."
+            )
+    return policy
+
+
+def _check_scale(sm_scale: Any, head_dim: int) -> float:
+    if sm_scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    try:
+        if isinstance(sm_scale, (bool, str, bytes)):
+            raise TypeError
+        scale = float(sm_scale)
+    except (TypeError, ValueError, OverflowError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise InvalidArgumentError(
+            f"sm_scale must be one finite number: got {sm_scale!r}. None means 1 / sqrt(head_dim)."
+        )
+    return scale
+
+
+def _integers(values: Any, name: str, device_kind: str) -> list[int]:
+    """Read whole numbers from a list or from a host array of any framework."""
+    if isinstance(values, (list, tuple)):
+        data: Any = values
+    else:
+        adapter = adapter_of(values, name)
+        adapter.check(values, name)
+        device = adapter.device(values)
+        if device.kind != device_kind:
+            raise InvalidArgumentError(
+                f"{name} is on {device}, and q on {device_kind}: pass a list, or an array on the "
+                "host."
+            )
+        view = adapter.view(values, name)
+        if view.data.dtype.kind not in "iu" or view.dtype in ("bfloat16", "bool"):
+            raise InvalidArgumentError(f"{name} must hold whole numbers: got dtype {view.dtype}.")
+        if view.data.ndim != 1:
+            raise InvalidArgumentError(
+                f"{name} must have one dimension: got shape {view.data.shape}."
+            )
+        data = view.data.tolist()
+    result = []
+    for i, item in enumerate(data):
+        if isinstance(item, (bool, np.bool_)) or not hasattr(item, "__index__"):
+            raise InvalidArgumentError(f"{name}[{i}] is no whole number: got {item!r}.")
+        try:
+            result.append(int(item.__index__()))
+        except TypeError as error:  # a one-element float tensor has __index__, and refuses
+            raise InvalidArgumentError(f"{name}[{i}] is no whole number: got {item!r}.") from error
+    return result
+
+
+def check_arrays(
+    views: dict[str, HostArray],
+    *,
+    policy: Any,
+    causal: Any,
+    causal_align: Any,
+    sm_scale: Any,
+    layout: Any,
+    seqlens_k: Any,
+    device_kind: str,
+) -> tuple[Problem, dict[str, HostArray]]:
+    """Check a batch of equal lengths; return the problem and the views in HND order."""
+    layout = _choice("layout", layout, ("HND", "NHD"))
+    _choice("causal_align", causal_align, ("bottom_right", "top_left"))
+    is_causal = check_flag("causal", causal)
+    order = "B, H, S, D" if layout == "HND" else "B, S, H, D"
+    meaning = f"({order}) in layout {layout}"
+    _check_rank(views, 4, meaning)
+    dtype = _check_dtypes(views)
+    shapes = {name: view.shape for name, view in views.items()}
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise InvalidArgumentError(
+            f"{', '.join(views)} have different batch sizes: got {listing}, {meaning}."
+        )
+    _check_heads(shapes, 1 if layout == "HND" else 2, meaning)
+    _check_strides(views)
+    if layout == "NHD":
+        views = {name: view.with_data(view.data.swapaxes(1, 2)) for name, view in views.items()}
+    batch, heads_q, seqlen_q, head_dim = views["q"].shape
+    heads_kv, seqlen_k = views["k"].shape[1:3]
+
+    lengths = [seqlen_k] * batch
+    if seqlens_k is not None:
+        lengths = _integers(seqlens_k, "seqlens_k", device_kind)
+        if len(lengths) != batch:
+            raise InvalidArgumentError(
+                f"seqlens_k has {len(lengths)} lengths for a batch of {batch}: pass one for each "
+                "sequence."
+            )
+        for i, length in enumerate(lengths):
+            if not 0 <= length <= seqlen_k:
+                raise InvalidArgumentError(
+                    f"seqlens_k[{i}] is out of range: got {length}; allowed 0 to {seqlen_k}, the "
+                    "number of keys in k."
+                )
+    # Causality follows the lengths of the arrays, whatever seqlens_k says.
+    offset = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
+    problem = Problem(
+        num_heads_q=heads_q,
+        num_heads_kv=heads_kv,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        dtype=dtype,
+        policy=_check_policy(policy, heads_q),
+        sm_scale=_check_scale(sm_scale, head_dim),
+        spans=tuple((0, seqlen_q, 0, length) for length in lengths),
+        causal_offsets=(offset,) * batch if is_causal else None,
+        causal_align=causal_align,
+    )
+    return problem, views
+
+
+def check_packed_arrays(
+    views: dict[str, HostArray],
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    policy: Any,
+    causal: Any,
+    causal_align: Any,
+    sm_scale: Any,
+    device_kind: str,
+) -> tuple[Problem, dict[str, HostArray]]:
+    """Check packed sequences; return the problem and the views in (H, S, D) order."""
+    _choice("causal_align", causal_align, ("bottom_right", "top_left"))
+    is_causal = check_flag("causal", causal)
+    meaning = "(tokens, H, D)"
+    _check_rank(views, 3, meaning)
+    dtype = _check_dtypes(views)
+    shapes = {name: view.shape for name, view in views.items()}
+    _check_heads(shapes, 1, meaning)
+    _check_strides(views)
+    views = {name: view.with_data(view.data.swapaxes(0, 1)) for name, view in views.items()}
+    heads_q, total_q, head_dim = views["q"].shape
+    heads_kv, total_k = views["k"].shape[:2]
+    edges_q = _check_edges("cu_seqlens_q", cu_seqlens_q, total_q, device_kind)
+    edges_k = _check_edges("cu_seqlens_k", cu_seqlens_k, total_k, device_kind)
+    if len(edges_q) != len(edges_k):
+        raise InvalidArgumentError(
+            f"cu_seqlens_q and cu_seqlens_k speak of different batches: got {len(edges_q)} and "
+            f"{len(edges_k)} values; both need one more than there are sequences."
+        )
+    spans = tuple(zip(edges_q[:-1], edges_q[1:], edges_k[:-1], edges_k[1:], strict=True))
+    longest_q = max((stop - start for start, stop, _, _ in spans), default=0)
+    longest_k = max((stop - start for _, _, start, stop in spans), default=0)
+    for name, given, longest in (
+        ("max_seqlen_q", max_seqlen_q, longest_q),
+        ("max_seqlen_k", max_seqlen_k, longest_k),
+    ):
+        if given is None:
+            continue
+        if isinstance(given, bool) or not hasattr(given, "__index__") or int(given) < longest:
+            raise InvalidArgumentError(
+                f"{name} must be at least the longest sequence, {longest}: got {given!r}. None "
+                "takes it from the lengths."
+            )
+    bottom_right = causal_align == "bottom_right"
+    offsets = tuple(
+        (k_stop - k_start) - (q_stop - q_start) if bottom_right else 0
+        for q_start, q_stop, k_start, k_stop in spans
+    )
+    problem = Problem(
+        num_heads_q=heads_q,
+        num_heads_kv=heads_kv,
+        seqlen_q=total_q,
+        seqlen_k=total_k,
+        head_dim=head_dim,
+        dtype=dtype,
+        policy=_check_policy(policy, heads_q),
+        sm_scale=_check_scale(sm_scale, head_dim),
+        spans=spans,
+        causal_offsets=offsets if is_causal else None,
+        causal_align=causal_align,
+        packed=True,
+    )
+    return problem, views
+
+
+def _check_edges(name: str, values: Any, total: int, device_kind: str) -> list[int]:
+    edges = _integers(values, name, device_kind)
+    if not edges or edges[0] != 0 or edges[-1] != total:
+        got = f"{edges[0]} to {edges[-1]}" if edges else "no values"
+        raise InvalidArgumentError(
+            f"{name} must rise from 0 to the number of tokens, {total}: got {got}."
+        )
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
+        if high < low:
+            raise InvalidArgumentError(
+                f"{name} falls from {low} to {high} at index {i + 1}: each value is where the "
+                "next sequence starts."
+            )
+    return edges
+
+
+def check_block_map(block_map: Any, problem: Problem) -> BlockMap | None:
+    """Check that a caller's map fits the call."""
+    if block_map is None:
+        return None
+    if not isinstance(block_map, BlockMap):
+        raise InvalidArgumentError(
+            f"block_map must be a BlockMap: got {type(block_map).__name__}. Make one with "
+            "cusparge.BlockMap.from_mask(mask, seqlen_q=..., seqlen_k=...) or "
+            "cusparge.predict_block_map(q, k)."
+        )
+    for name in ("seqlen_q", "seqlen_k"):
+        if getattr(block_map, name) != getattr(problem, name):
+            raise InvalidArgumentError(
+                f"block_map was made for another {name}: got {getattr(block_map, name)}, and the "
+                f"arrays have {getattr(problem, name)}."
+            )
+    batch, heads = tuple(block_map.mask.shape[:2])
+    if batch not in (1, problem.batch) or heads not in (1, problem.num_heads_q):
+        raise InvalidArgumentError(
+            f"block_map is for batch {batch} and {heads} heads: allowed 1 or {problem.batch}, and "
+            f"1 or {problem.num_heads_q}."
+        )
+    return block_map
+
+
+def check_numerics(views: dict[str, HostArray], problem: Problem) -> None:
+    """Raise for a NaN or an infinity in q, k or v, padding aside."""
+    for name, view in views.items():
+        for index, (_, _, start, stop) in enumerate(problem.spans):
+            if name == "q" or problem.packed:
+                part = view.data if problem.packed else view.data[index]
+            else:
+                part = view.data[index][:, start:stop]
+            for head in part:  # head by head, so that bfloat16 needs no large copy
+                bad = np.argwhere(~np.isfinite(to_float(view.with_data(head))))
+                if len(bad):
+                    token = int(bad[0, 0])
+                    raise InvalidArgumentError(
+                        f"{name} holds a NaN or an infinity (first at token {token}): all "
+                        "elements must be finite with check_numerics=True. Mend the input, or "
+                        "leave check_numerics off: then only rows that see it become NaN."
+                    )
+            if problem.packed:
+                break
+
+
+def check_backend(backend: Any) -> str:
+    """Return a backend's name, or list those that exist."""
+    return _choice("backend", backend, ("auto", "cuda", "cpu", "reference"))
+
+
+def refuse_unknown(function: str, options: dict[str, Any]) -> None:
+    """Refuse arguments that other attention functions take and this one does not."""
+    advice = {
+        "attn_mask": "use seqlens_k for padding, causal=True, or block_map for blocks of tokens",
+        "dropout_p": "cusparge is for inference: leave it out",
+        "is_causal": "the argument is called causal (and aligned bottom right by default)",
+        "scale": "the argument is called sm_scale",
+        "softmax_scale": "the argument is called sm_scale",
+    }
+    for name, value in options.items():
+        if name in ("attn_mask", "dropout_p"):
+            if value is None or (isinstance(value, (int, float)) and value == 0):
+                continue  # no mask and no dropout is what everybody gets
+            raise UnsupportedError(f"{name} is not supported: got {value!r}; {advice[name]}.")
+        hint = f": {advice[name]}" if name in advice else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")

@@ -1,0 +1,422 @@
+"""The order of work on the CPU: sequences and heads into groups, groups into panels of rows.
+
+A *group* is one sequence with one key head: its keys are scanned, pooled and, where their memory
+cannot be used as it lies, converted. A *panel* is a few query blocks of one query head: its blocks
+are chosen and computed. Panels are the work items of the threads, so that few heads or uneven
+sparsity still keep all of them busy. Nothing here grows with seqlen_q × seqlen_k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cusparge._arrays import HostArray
+from cusparge._arrays.view import finite_max, from_float, to_float
+from cusparge._cpu import threads, tiles
+from cusparge._cpu.rounding import int8_round_trip
+from cusparge._cpu.source import Floats, KeySource, scan
+from cusparge._cpu.stage1 import HeadRule, Pooled, Reach, head_rule, pool, pool_keys, select
+from cusparge._types import BLOCK_K, BLOCK_Q, BlockMap, Counts, Problem, num_blocks
+
+__all__ = ["CpuBackend"]
+
+#: What a thread may keep of converted heads and pooled blocks, in bytes.
+_KEEP_BYTES = 40 * 2**20
+
+_LOG2_E = math.log2(math.e)
+
+#: Beyond these magnitudes squares, products or sums of float32 could overflow: float64 is used.
+_LARGE_QK = 1e15
+_LARGE_V = 1e15
+_LARGE_SCORE = 1e30
+
+
+@dataclass
+class _Group:
+    """One sequence with one key head."""
+
+    sequence: int
+    kv_head: int
+    k: HostArray
+    v: HostArray
+    source: KeySource | None = None
+    pooled: Pooled | None = None
+
+
+@dataclass(frozen=True)
+class _PanelCounts:
+    """What one panel adds to `Counts`."""
+
+    sequence: int
+    head: int
+    reachable: int
+    selected: int
+    selected_rows: int
+    skipped_rows: int
+
+
+class CpuBackend:
+    """Block-sparse attention in float32 on host memory."""
+
+    name = "cpu"
+
+    def attention(
+        self,
+        problem: Problem,
+        q: HostArray,
+        k: HostArray,
+        v: HostArray,
+        block_map: BlockMap | None,
+        out: HostArray,
+        lse: npt.NDArray[np.float32] | None,
+    ) -> Counts:
+        """Write `out` and `lse`; arrays are (B, H, S, D), or (H, S, D) where packed."""
+        run = _Run(problem, q, k, v, block_map=block_map, out=out, lse=lse)
+        run.all()
+        return run.counts
+
+    def predict(
+        self, problem: Problem, q: HostArray, k: HostArray, mask: npt.NDArray[np.bool_]
+    ) -> int:
+        """Write the block mask and return how many blocks are reachable."""
+        run = _Run(problem, q, k, k, mask_out=mask)
+        run.all()
+        return int(run.counts.reachable.sum())
+
+
+class _Run:
+    """One call."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        q: HostArray,
+        k: HostArray,
+        v: HostArray,
+        *,
+        block_map: BlockMap | None = None,
+        out: HostArray | None = None,
+        lse: npt.NDArray[np.float32] | None = None,
+        mask_out: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        self.problem = problem
+        self.arrays = (q, k, v)
+        self.block_map = block_map
+        self.out = out
+        self.lse = lse
+        self.mask_out = mask_out
+        self.quantized = problem.policy.quantize is True and out is not None
+        self.rules = [head_rule(problem.policy, head) for head in range(problem.num_heads_q)]
+        self.counts = Counts.zeros(problem.batch, problem.num_heads_q)
+
+    # -- views of one sequence ---------------------------------------------------------------
+
+    def _head(self, array: HostArray, sequence: int, head: int, start: int, stop: int) -> HostArray:
+        data = array.data if self.problem.packed else array.data[sequence]
+        return array.with_data(data[head, start:stop])
+
+    def _lse_of(self, sequence: int, head: int) -> npt.NDArray[np.float32] | None:
+        if self.lse is None:
+            return None
+        start, stop = self.problem.spans[sequence][:2]
+        rows = self.lse if self.problem.packed else self.lse[sequence]
+        return rows[head, start:stop]
+
+    def _reach(self, sequence: int) -> Reach:
+        q_start, q_stop, k_start, k_stop = self.problem.spans[sequence]
+        offsets = self.problem.causal_offsets
+        return Reach(q_stop - q_start, k_stop - k_start, offsets[sequence] if offsets else None)
+
+    # -- the order of work ---------------------------------------------------------------------
+
+    def all(self) -> None:
+        """Do everything: waves of groups, each wave's keys first and then its panels."""
+        num_threads = threads.num_threads()
+        groups = []
+        for sequence, (_, _, start, stop) in enumerate(self.problem.spans):
+            for kv_head in range(self.problem.num_heads_kv if self.problem.num_heads_q else 0):
+                k = self._head(self.arrays[1], sequence, kv_head, start, stop)
+                v = self._head(self.arrays[2], sequence, kv_head, start, stop)
+                groups.append(_Group(sequence, kv_head, k, v))
+        budget = num_threads * _KEEP_BYTES
+        with threads.single_threaded_blas():
+            for wave in _waves(groups, budget):
+                threads.run([partial(self._prepare, group, budget) for group in wave], num_threads)
+                panels: list[Callable[[], _PanelCounts]] = []
+                for group in wave:
+                    panels.extend(self._panels(group))
+                for panel in threads.run(panels, num_threads):
+                    at = panel.sequence, panel.head
+                    self.counts.reachable[at] += panel.reachable
+                    self.counts.selected[at] += panel.selected
+                    self.counts.selected_rows[at] += panel.selected_rows
+                    self.counts.skipped_rows[at] += panel.skipped_rows
+                for group in wave:
+                    group.source = group.pooled = None
+
+    def _prepare(self, group: _Group, budget: int) -> None:
+        """Scan, pool and convert one head's keys and values."""
+        needs_map = self.block_map is None and any(
+            self.rules[head].kind != "dense" for head in self._query_heads(group)
+        )
+        source = KeySource(group.k, group.v, need_v=self.out is not None, quantized=self.quantized)
+        if needs_map:
+            wide = source.largest_k > _LARGE_QK
+            group.pooled = pool_keys(source, np.float64 if wide else np.float32)
+        if self.out is not None and source.kept_bytes() <= budget:
+            source.keep()
+        group.source = source
+
+    def _query_heads(self, group: _Group) -> range:
+        ratio = self.problem.num_heads_q // self.problem.num_heads_kv
+        return range(group.kv_head * ratio, (group.kv_head + 1) * ratio)
+
+    def _panels(self, group: _Group) -> list[Callable[[], _PanelCounts]]:
+        """Return the work items of one group, those with most keys (under causality) first."""
+        reach = self._reach(group.sequence)
+        total = num_blocks(reach.seqlen_q, BLOCK_Q)
+        # The size depends on the lengths alone: a panel's arithmetic must not depend on threads.
+        size = 16 if total >= 64 else 4
+        starts = range(0, total, size)
+        return [
+            partial(self._panel, group, reach, head, np.arange(start, min(start + size, total)))
+            for start in reversed(starts)
+            for head in self._query_heads(group)
+        ]
+
+    # -- one panel -----------------------------------------------------------------------------
+
+    def _panel(
+        self, group: _Group, reach: Reach, head: int, blocks: npt.NDArray[np.intp]
+    ) -> _PanelCounts:
+        source = group.source
+        assert source is not None
+        start, stop = int(blocks[0]) * BLOCK_Q, reach.rows(int(blocks[-1]))[1]
+        q_start = self.problem.spans[group.sequence][0]
+        queries = self._head(self.arrays[0], group.sequence, head, q_start + start, q_start + stop)
+        rows, bad_rows, _work = self._load_queries(queries, source)
+        rule = self.rules[head]
+        chosen, top, halves = self._choose(group, reach, head, blocks, rows, bad_rows)
+        reachable = int(reach.reachable(blocks).sum())
+        selected = chosen.sum(axis=1)
+        sizes = np.minimum((blocks + 1) * BLOCK_Q, reach.seqlen_q) - blocks * BLOCK_Q
+        skipped_rows = 0
+        if self.mask_out is not None:
+            mask = self.mask_out[group.sequence, head]
+            mask[blocks[0] : blocks[-1] + 1, : chosen.shape[1]] = chosen
+        else:
+            for i, block in enumerate(blocks):
+                first, last = (edge - start for edge in reach.rows(int(block)))
+                skipped_rows += int(sizes[i]) * self._block(
+                    group,
+                    reach,
+                    head,
+                    int(block),
+                    rows[first:last],
+                    bad_rows[first:last],
+                    np.flatnonzero(chosen[i]),
+                    int(top[i]),
+                    None if halves is None else halves[i],
+                    rule,
+                )
+        return _PanelCounts(
+            group.sequence,
+            head,
+            reachable,
+            int(selected.sum()),
+            int((selected * sizes).sum()),
+            skipped_rows,
+        )
+
+    def _load_queries(
+        self, queries: HostArray, source: KeySource
+    ) -> tuple[Floats, npt.NDArray[np.bool_], Any]:
+        """Return the rows in the precision they need, cleared, and which were not finite."""
+        seen = scan(queries)
+        largest = float(seen.largest.max(initial=0.0))
+        score = largest * source.largest_k * self.problem.head_dim * abs(self.problem.sm_scale)
+        wide = (
+            max(largest, source.largest_k) > _LARGE_QK
+            or source.largest_v > _LARGE_V
+            or largest * abs(self.problem.sm_scale) > _LARGE_QK
+            or score > _LARGE_SCORE
+        )
+        work = np.float64 if wide else np.float32
+        rows = to_float(queries, work)
+        bad = np.zeros(len(rows), np.bool_)
+        bad[seen.bad_rows] = True
+        if len(seen.bad_rows):
+            rows = np.where(np.isfinite(rows), rows, rows.dtype.type(0))
+        return rows, bad, work
+
+    def _choose(
+        self,
+        group: _Group,
+        reach: Reach,
+        head: int,
+        blocks: npt.NDArray[np.intp],
+        rows: Floats,
+        bad_rows: npt.NDArray[np.bool_],
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp], Any]:
+        """Return the chosen key blocks, the first to visit, and a caller's 64-row halves."""
+        assert group.source is not None
+        total = group.source.num_blocks
+        no_top = np.full(len(blocks), -1, np.intp)
+        allowed = np.arange(total) < reach.reachable(blocks)[:, None]
+        if self.block_map is not None:
+            wanted, halves = _rows_of_map(self.block_map, group.sequence, head, blocks, total)
+            return allowed & wanted, no_top, halves
+        rule = self.rules[head]
+        if rule.kind == "dense":
+            return allowed, no_top, None
+        assert group.pooled is not None
+        chosen, top = select(
+            rule, _pool_queries(rows, bad_rows), group.pooled, blocks, reach, self.problem.sm_scale
+        )
+        return chosen, top, None
+
+    def _block(
+        self,
+        group: _Group,
+        reach: Reach,
+        head: int,
+        block: int,
+        queries: Floats,
+        bad_rows: npt.NDArray[np.bool_],
+        chosen: npt.NDArray[np.intp],
+        top: int,
+        halves: npt.NDArray[np.bool_] | None,
+        rule: HeadRule,
+    ) -> int:
+        """Compute one query block and write its rows; return the tiles that stage 2 skipped."""
+        source, problem = group.source, self.problem
+        assert source is not None
+        work = queries.dtype.type
+        first = block * BLOCK_Q
+        limits = None if reach.offset is None else np.arange(len(queries)) + first + reach.offset
+        scaled = self._scaled_queries(queries)
+        rows = tiles.RowBlock(scaled, limits, reach.unmasked(block), halves)
+        if not len(chosen):
+            self._write(group.sequence, head, first, np.zeros_like(queries), None)
+            return 0
+        if self.quantized or rule.pv_log2 is not None:
+            order = chosen
+            if rule.pv_log2 is not None and top >= 0:
+                order = np.concatenate([[top], chosen[chosen != top]])
+            result = tiles.attend_online(
+                source, order, rows, pv_log2=rule.pv_log2, quantized=self.quantized
+            )
+        else:
+            result = tiles.attend(source, chosen, rows)
+        empty = result.total == 0
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            values = result.weighted / np.where(empty, work(1), result.total)[:, None]
+            lse = (result.shift + np.log2(result.total)) * work(math.log(2.0))
+            if self.quantized and self.lse is not None:  # K was shifted by its mean
+                lse = lse + (queries @ source.mean.astype(work)) * work(problem.sm_scale)
+        nan_rows = bad_rows | _rows_that_see(source.bad_keys, chosen, rows)
+        values[nan_rows & ~empty] = np.nan
+        lse[nan_rows] = np.nan
+        lse[empty] = -np.inf
+        if self.quantized:  # codes round up: the largest V may come out beyond the dtype's range
+            limit = finite_max(problem.dtype)
+            np.clip(values, -limit, limit, out=values)
+        self._write(group.sequence, head, first, values, lse)
+        return result.skipped
+
+    def _scaled_queries(self, queries: Floats) -> Floats:
+        """Return (head_dim, rows) times sm_scale · log2(e), rounded to int8 codes if quantized."""
+        work = queries.dtype.type
+        if self.quantized:
+            queries = queries.copy()
+            int8_round_trip(queries, axes=(1,))
+        scaled = np.empty(queries.shape[::-1], work)
+        np.multiply(queries.T, work(self.problem.sm_scale * _LOG2_E), out=scaled)
+        return scaled
+
+    def _write(
+        self, sequence: int, head: int, first: int, values: Floats, lse: Floats | None
+    ) -> None:
+        assert self.out is not None
+        q_start = self.problem.spans[sequence][0]
+        start = q_start + first
+        from_float(values, self._head(self.out, sequence, head, start, start + len(values)))
+        rows = self._lse_of(sequence, head)
+        if rows is not None:
+            with np.errstate(over="ignore"):
+                rows[first : first + len(values)] = -np.inf if lse is None else lse
+
+
+def _waves(groups: list[_Group], budget: int) -> list[list[_Group]]:
+    """Cut groups into waves whose kept memory stays within `budget`."""
+    waves: list[list[_Group]] = []
+    used = 0
+    for group in groups:
+        tokens, head_dim = group.k.shape
+        size = tokens * head_dim * 9  # K and V in float32, and their pooled blocks
+        if not waves or used + size > budget:
+            waves.append([])
+            used = 0
+        waves[-1].append(group)
+        used += size
+    return waves
+
+
+def _pool_queries(rows: Floats, bad_rows: npt.NDArray[np.bool_]) -> Pooled:
+    """Pool the rows of a panel into blocks of 128."""
+    count = num_blocks(len(rows), BLOCK_Q)
+    tokens = np.full(count, BLOCK_Q, np.intp)
+    tokens[-1] = len(rows) - (count - 1) * BLOCK_Q
+    blocks = np.zeros((count * BLOCK_Q, rows.shape[1]), rows.dtype)
+    blocks[: len(rows)] = rows
+    bad = np.zeros(count * BLOCK_Q, np.bool_)
+    bad[: len(rows)] = bad_rows
+    bad_blocks = np.asarray(bad.reshape(count, BLOCK_Q).any(axis=1))
+    return pool(blocks.reshape(count, BLOCK_Q, -1), tokens, bad_blocks, 0.0)
+
+
+def _rows_of_map(
+    block_map: BlockMap, sequence: int, head: int, blocks: npt.NDArray[np.intp], total: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None]:
+    """Return a caller's map for a panel, and (blocks, key blocks, 2) halves where it is fine."""
+
+    def of_head(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        batch, heads = mask.shape[:2]
+        rows: npt.NDArray[np.bool_] = mask[sequence if batch > 1 else 0, head if heads > 1 else 0]
+        return rows
+
+    chosen = of_head(block_map.host_mask)[blocks, :total]
+    if block_map.row_mask is None:
+        return chosen, None
+    fine = of_head(block_map.row_mask)[:, :total]
+    halves = np.zeros((len(blocks), total, 2), np.bool_)
+    for half in (0, 1):
+        rows = 2 * blocks + half
+        inside = rows < len(fine)
+        halves[inside, :, half] = fine[rows[inside]]
+    return chosen, halves
+
+
+def _rows_that_see(
+    bad_keys: npt.NDArray[np.intp], chosen: npt.NDArray[np.intp], rows: tiles.RowBlock
+) -> npt.NDArray[np.bool_]:
+    """Tell which rows see one of `bad_keys` in a computed block."""
+    num_rows = rows.queries.shape[1]
+    seen = np.zeros(num_rows, np.bool_)
+    bad_keys = bad_keys[np.isin(bad_keys // BLOCK_K, chosen)]
+    half_of_row = np.arange(num_rows) // (BLOCK_Q // 2)
+    for half in (0, 1):  # whoever sees any bad key sees the first of those its half may see
+        mine = bad_keys
+        if rows.halves is not None:
+            mine = bad_keys[rows.halves[bad_keys // BLOCK_K, half]]
+        if len(mine):
+            reaches = True if rows.limits is None else rows.limits >= mine[0]
+            seen |= (half_of_row == half) & reaches
+    return seen
