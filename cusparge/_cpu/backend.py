@@ -240,7 +240,7 @@ class _Run:
     ) -> tuple[Floats, npt.NDArray[np.bool_], Any]:
         """Return the rows in the precision they need, cleared, and which were not finite."""
         seen = scan(queries)
-        largest = float(seen.largest.max(initial=0.0))
+        largest = seen.largest
         score = largest * source.largest_k * self.problem.head_dim * abs(self.problem.sm_scale)
         wide = (
             max(largest, source.largest_k) > _LARGE_QK
@@ -410,6 +410,8 @@ def _rows_that_see(
     """Tell which rows see one of `bad_keys` in a computed block."""
     num_rows = rows.queries.shape[1]
     seen = np.zeros(num_rows, np.bool_)
+    if not len(bad_keys):
+        return seen
     bad_keys = bad_keys[np.isin(bad_keys // BLOCK_K, chosen)]
     half_of_row = np.arange(num_rows) // (BLOCK_Q // 2)
     for half in (0, 1):  # whoever sees any bad key sees the first of those its half may see

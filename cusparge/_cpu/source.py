@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,39 +21,48 @@ Floats = npt.NDArray[Any]  # float32, or float64 where float32 would overflow
 _ROWS = 4096  # tokens per step of a scan: half a megabyte at head_dim 32, two at 128
 
 
+@dataclass(frozen=True)
 class Scan:
-    """What one pass over a tensor tells: its largest finite magnitude, and rows that are not."""
+    """What one pass over a (tokens, head_dim) tensor tells, non-finite elements counted as 0."""
 
-    def __init__(self, largest: Floats, bad_rows: npt.NDArray[np.intp], total: Floats) -> None:
-        self.largest = largest  # (head_dim,) float64
-        self.bad_rows = bad_rows
-        self.total = total  # (head_dim,) float64, the sum over finite elements
+    largest: float  # magnitude
+    bad_rows: npt.NDArray[np.intp]  # ascending, those with an element that is not finite
+    total: npt.NDArray[np.float64]  # (head_dim,), the sum over tokens
+    largest_per_channel: npt.NDArray[np.float64]  # (head_dim,)
 
 
-def scan(array: HostArray) -> Scan:
-    """Read a (tokens, head_dim) tensor once, in steps."""
+def scan(array: HostArray, *, total: bool = False, per_channel: bool = False) -> Scan:
+    """Read a tensor once, in steps; sums and maxima per channel only where they are asked for."""
     tokens, head_dim = array.shape
     work = np.float64 if array.dtype == "float64" else np.float32
-    largest = np.zeros(head_dim)
-    total = np.zeros(head_dim)
+    largest = 0.0
+    sums, channels = np.zeros(head_dim), np.zeros(head_dim)
     bad: list[npt.NDArray[np.intp]] = []
     for start in range(0, tokens, _ROWS):
         part = to_float(array.with_data(array.data[start : start + _ROWS]), work)
-        low, high = part.min(axis=0), part.max(axis=0)
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        low, high = float(part.min()), float(part.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
             finite = np.isfinite(part)
             bad.append(np.flatnonzero(~finite.all(axis=1)) + start)
             part = np.where(finite, part, work(0))
-            low, high = part.min(axis=0), part.max(axis=0)
-        np.maximum(largest, np.maximum(-low, high), out=largest)
-        # Sums of 64 in the input's precision, then float64: exact enough, and twice as fast.
-        whole = len(part) // BLOCK_K * BLOCK_K
-        exact = np.float64 if largest.max(initial=0.0) > 1e30 else work
-        sums = np.add.reduce(part[:whole].reshape(-1, BLOCK_K, head_dim), axis=1, dtype=exact)
-        total += sums.sum(axis=0, dtype=np.float64)
-        total += part[whole:].sum(axis=0, dtype=np.float64)
+            low, high = float(part.min()), float(part.max())
+        largest = max(largest, -low, high)
+        if per_channel:
+            np.maximum(channels, np.abs(part).max(axis=0), out=channels)
+        if total:
+            sums += _sum_tokens(part if largest < 1e30 else part.astype(np.float64))
     none = np.empty(0, np.intp)
-    return Scan(largest, np.concatenate(bad) if bad else none, total)
+    return Scan(largest, np.concatenate(bad) if bad else none, sums, channels)
+
+
+def _sum_tokens(rows: Floats) -> npt.NDArray[np.float64]:
+    """Sum over tokens: 64 at a time in the rows' precision, by BLAS, and then in float64."""
+    whole = len(rows) // BLOCK_K * BLOCK_K
+    blocks = rows[:whole].reshape(-1, BLOCK_K, rows.shape[1])
+    sums = np.matmul(np.ones((1, BLOCK_K), rows.dtype), blocks)
+    total: npt.NDArray[np.float64] = sums.sum(axis=(0, 1), dtype=np.float64)
+    total += rows[whole:].sum(axis=0, dtype=np.float64)
+    return total
 
 
 class KeySource:
@@ -73,21 +84,22 @@ class KeySource:
         self._raw = (k, v)
         self.tokens, self.head_dim = k.shape
         self.num_blocks = num_blocks(self.tokens, BLOCK_K)
-        keys = scan(k)
+        keys = scan(k, total=True)
         self.mean = keys.total / max(self.tokens, 1)
-        self.largest_k = float(keys.largest.max(initial=0.0))
+        self.largest_k = keys.largest
         self.bad_in_k = keys.bad_rows
         self.bad_keys = keys.bad_rows
         self.largest_v = 0.0
         self.quantized = quantized
         self._has_bad = (bool(len(keys.bad_rows)), False)
         if need_v:
-            values = scan(v)
-            self.largest_v = float(values.largest.max(initial=0.0))
-            self.bad_keys = np.union1d(keys.bad_rows, values.bad_rows)
+            values = scan(v, per_channel=quantized)
+            self.largest_v = values.largest
             self._has_bad = (bool(len(keys.bad_rows)), bool(len(values.bad_rows)))
+            if any(self._has_bad):
+                self.bad_keys = np.union1d(keys.bad_rows, values.bad_rows)
             if quantized:
-                self._v_scale = power_of_two_scale(values.largest)
+                self._v_scale = power_of_two_scale(values.largest_per_channel)
         self._blocks: list[Floats | None] = [None, None]
         self._tails: list[Floats | None] = [None, None]
         self._direct = [False, False]
@@ -133,11 +145,14 @@ class KeySource:
         self._blocks = [None, None]
 
     def keys(self, index: npt.NDArray[np.intp], scratch: Floats) -> Floats:
-        """Return the keys of the blocks `index`, (len(index), 64, head_dim), padded with 0."""
+        """Return the keys of the blocks `index`, (len(index), 64, head_dim), padded with 0.
+
+        The result may lie in `scratch` or in the caller's memory: it is not to be written to.
+        """
         return self._load(0, index, scratch)
 
     def values(self, index: npt.NDArray[np.intp], scratch: Floats) -> Floats:
-        """Return the values of the blocks `index`, (len(index), 64, head_dim), padded with 0."""
+        """Return the values of the blocks `index`, as `keys` does."""
         return self._load(1, index, scratch)
 
     def first_keys(self, index: npt.NDArray[np.intp], work: Any) -> Floats:
@@ -164,10 +179,10 @@ class KeySource:
         if blocks is None or scratch.dtype != np.float32:
             return self._convert(which, index, scratch.dtype)
         first, last, count = int(index[0]), int(index[-1]), len(index)
-        consecutive = last - first + 1 == count and bool((np.diff(index) == 1).all())
         has_tail = self._tails[which] is not None and bool((index == len(blocks)).any())
-        if consecutive and self._direct[which] and not has_tail:
-            return blocks[first : last + 1]
+        if self._direct[which] and last - first + 1 == count and not has_tail:
+            if count <= 2 or bool((index[1:] - index[:-1] == 1).all()):
+                return blocks[first : last + 1]
         out: Floats = scratch[: count * BLOCK_K * self.head_dim].reshape(
             count, BLOCK_K, self.head_dim
         )

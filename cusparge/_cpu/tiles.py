@@ -12,6 +12,7 @@ by tile in a fixed order (section 3.3), which stage 2 and the quantized rules ar
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from dataclasses import dataclass
@@ -107,7 +108,9 @@ def _hide(scores: Floats, chosen: Index, rows: RowBlock, tokens: int) -> None:
 
 def _steps(chosen: Index) -> list[Index]:
     """Cut a list of blocks into even steps."""
-    return np.array_split(chosen, -(-len(chosen) // _STEP_BLOCKS))
+    count = -(-len(chosen) // _STEP_BLOCKS)
+    edges = [len(chosen) * i // count for i in range(count + 1)]
+    return [chosen[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 def _shift(source: KeySource, chosen: Index, rows: RowBlock) -> Floats | None:
