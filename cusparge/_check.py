@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from cusparge._arrays import HostArray, adapter_of
 from cusparge._arrays.view import FLOAT_DTYPES, to_float
-from cusparge._types import BlockMap, Problem
+from cusparge._types import BlockMap, Problem, whole_number
 from cusparge.errors import InvalidArgumentError, UnsupportedError
 from cusparge.policy import Dense, Policy, TopCdf, TopK
 
@@ -131,10 +133,11 @@ def _check_scale(sm_scale: Any, head_dim: int) -> float:
     if sm_scale is None:
         return 1.0 / math.sqrt(head_dim)
     try:
-        if isinstance(sm_scale, (bool, str, bytes)):
+        # NumPy's complex numbers would become real with no more than a warning.
+        if isinstance(sm_scale, (bool, np.bool_, str, bytes, np.complexfloating)):
             raise TypeError
         scale = float(sm_scale)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         scale = math.nan
     if not math.isfinite(scale):
         raise InvalidArgumentError(
@@ -145,9 +148,15 @@ def _check_scale(sm_scale: Any, head_dim: int) -> float:
 
 def _integers(values: Any, name: str, device_kind: str) -> list[int]:
     """Read whole numbers from a list or from a host array of any framework."""
-    if isinstance(values, (list, tuple)):
-        data: Any = values
+    data: Any
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        data = values
     else:
+        if not isinstance(values, np.ndarray) and not hasattr(values, "__dlpack__"):
+            raise InvalidArgumentError(
+                f"{name} must be a sequence or an array of whole numbers: got {values!r} of type "
+                f"{type(values).__name__}."
+            )
         adapter = adapter_of(values, name)
         adapter.check(values, name)
         device = adapter.device(values)
@@ -166,12 +175,10 @@ def _integers(values: Any, name: str, device_kind: str) -> list[int]:
         data = view.data.tolist()
     result = []
     for i, item in enumerate(data):
-        if isinstance(item, (bool, np.bool_)) or not hasattr(item, "__index__"):
+        number = whole_number(item)
+        if number is None:
             raise InvalidArgumentError(f"{name}[{i}] is no whole number: got {item!r}.")
-        try:
-            result.append(int(item.__index__()))
-        except TypeError as error:  # a one-element float tensor has __index__, and refuses
-            raise InvalidArgumentError(f"{name}[{i}] is no whole number: got {item!r}.") from error
+        result.append(number)
     return result
 
 
@@ -280,7 +287,8 @@ def check_packed_arrays(
     ):
         if given is None:
             continue
-        if isinstance(given, bool) or not hasattr(given, "__index__") or int(given) < longest:
+        number = whole_number(given)
+        if number is None or number < longest:
             raise InvalidArgumentError(
                 f"{name} must be at least the longest sequence, {longest}: got {given!r}. None "
                 "takes it from the lengths."
@@ -385,7 +393,7 @@ def refuse_unknown(function: str, options: dict[str, Any]) -> None:
     }
     for name, value in options.items():
         if name in ("attn_mask", "dropout_p"):
-            if value is None or (isinstance(value, (int, float)) and value == 0):
+            if value is None or (isinstance(value, numbers.Real) and value == 0):
                 continue  # no mask and no dropout is what everybody gets
             raise UnsupportedError(f"{name} is not supported: got {value!r}; {advice[name]}.")
         hint = f": {advice[name]}" if name in advice else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ __all__ = [
     "Counts",
     "Problem",
     "num_blocks",
+    "whole_number",
 ]
 
 #: Blocks are 128 queries by 64 keys on every backend and device.
@@ -28,6 +31,16 @@ BLOCK_K = 64
 
 Layout = Literal["HND", "NHD"]
 CausalAlign = Literal["bottom_right", "top_left"]
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a whole number as an int, or None for anything else, bool included."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # arrays and float tensors have __index__, and refuse
+        return None
 
 
 def num_blocks(tokens: int, block: int) -> int:
@@ -208,6 +221,8 @@ class BlockMap:
         row_mask: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         set_ = object.__setattr__
+        if isinstance(mask, np.ndarray):
+            mask.flags.writeable = False  # a write would change what is shown, not what is computed
         set_(self, "mask", mask)
         set_(self, "seqlen_q", seqlen_q)
         set_(self, "seqlen_k", seqlen_k)
@@ -218,6 +233,22 @@ class BlockMap:
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse: a map may be in use by several calls."""
         raise AttributeError(f"a BlockMap is read-only: {name} cannot be set; make a new one.")
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse, as setting does."""
+        raise AttributeError(f"a BlockMap is read-only: {name} cannot be deleted.")
+
+    def __reduce__(self) -> Any:
+        """Let a map be copied and pickled, though none of its fields can be set."""
+        make = partial(
+            BlockMap,
+            seqlen_q=self.seqlen_q,
+            seqlen_k=self.seqlen_k,
+            host=self._host,
+            reachable=self._reachable,
+            row_mask=self._row_mask,
+        )
+        return make, (self.mask,)
 
     @property
     def row_mask(self) -> npt.NDArray[np.bool_] | None:
@@ -282,18 +313,26 @@ class BlockMap:
         >>> BlockMap.from_mask(band, seqlen_q=512, seqlen_k=512).mask.shape
         (1, 1, 4, 8)
         """
-        sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "block_q": block_q, "block_k": block_k}
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not hasattr(size, "__index__") or int(size) < 0:
+        given_sizes = {
+            "seqlen_q": seqlen_q,
+            "seqlen_k": seqlen_k,
+            "block_q": block_q,
+            "block_k": block_k,
+        }
+        sizes = []
+        for name, given_size in given_sizes.items():
+            number = whole_number(given_size)
+            if number is None or number < 0:
                 raise InvalidArgumentError(
-                    f"{name} must be a whole number of tokens, 0 or more: got {size!r}."
+                    f"{name} must be a whole number of tokens, 0 or more: got {given_size!r}."
                 )
+            sizes.append(number)
+        seqlen_q, seqlen_k, block_q, block_k = sizes
         for name, size in (("block_q", block_q), ("block_k", block_k)):
             if size not in (64, 128):
                 raise InvalidArgumentError(
                     f"{name} is not a block size: got {size}; allowed 64 and 128."
                 )
-        seqlen_q, seqlen_k = int(seqlen_q), int(seqlen_k)
         adapter = adapter_of(mask, "mask")
         adapter.check(mask, "mask")
         device = adapter.device(mask)

@@ -7,7 +7,8 @@ threshold is reported where it was typed; only the number of heads is checked at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +18,10 @@ __all__ = ["Dense", "PerHead", "Policy", "TopCdf", "TopK"]
 
 #: One number for all heads, or one for each query head.
 PerHead: TypeAlias = "float | Sequence[float]"
+
+
+#: More blocks than any sequence has; sums with it stay within 64 bits.
+_MANY_BLOCKS = 2**31 - 1
 
 
 def _number(name: str, value: Any, allowed: str) -> float:
@@ -53,8 +58,16 @@ def _threshold(name: str, value: Any, low: float, high: float, *, open_low: bool
         return number
 
     if hasattr(value, "tolist"):  # NumPy, torch, JAX and CuPy arrays and scalars
-        value = value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        try:
+            value = value.tolist()
+        except (TypeError, ValueError, RuntimeError) as error:  # no data: torch's meta, tracers
+            raise InvalidArgumentError(
+                f"{name} cannot be read: got a {type(value).__name__} that says {str(error)!r}; "
+                f"pass a number or a list, allowed {allowed}."
+            ) from error
+    # The order of a set is not that of the heads, and a mapping would give its keys.
+    unordered = isinstance(value, (str, bytes, Mapping, Set))
+    if isinstance(value, Iterable) and not unordered:
         items = list(value)
         if not items:
             raise InvalidArgumentError(
@@ -66,14 +79,17 @@ def _threshold(name: str, value: Any, low: float, high: float, *, open_low: bool
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError as error:  # arrays and float tensors have __index__, and refuse
         raise InvalidArgumentError(
             f"{name} must be a whole number of blocks: got {value!r}; allowed 0 or more."
-        )
-    number = int(value.__index__())
+        ) from error
     if number < 0:
         raise InvalidArgumentError(f"{name} is negative: got {number}; allowed 0 or more blocks.")
-    return number
+    return min(number, _MANY_BLOCKS)
 
 
 class _Common:
@@ -157,7 +173,7 @@ class TopCdf(_Common):
         """Validate every field."""
         self._set("cdf_threshold", _threshold("cdf_threshold", self.cdf_threshold, 0.0, 1.0))
         self._set("sim_threshold", _threshold("sim_threshold", self.sim_threshold, -1.0, 1.0))
-        if self.rule not in ("reach", "within"):
+        if not isinstance(self.rule, str) or self.rule not in ("reach", "within"):
             raise InvalidArgumentError(
                 f'rule is unknown: got {self.rule!r}; allowed "reach" and "within".'
             )

@@ -455,13 +455,13 @@ def tile_order(selected: BoolArray, scores: FloatArray | None) -> IntArray:
     """Return the selected key blocks of one query block in the order they are visited.
 
     Ascending; with `scores`, the selected block of the highest pooled score (lowest index at a
-    tie) goes first, which brings the running maximum near its final value at once. Blocks without
-    a score (fix columns, -inf) never go first for it.
+    tie) goes first, which brings the running maximum near its final value at once. Fix
+    columns have no score (-inf).
     """
     tiles = np.flatnonzero(selected)
-    if scores is None or not np.isfinite(scores[tiles]).any():
+    if scores is None or tiles.size == 0:
         return tiles
-    first = tiles[np.argmax(scores[tiles])]
+    first = tiles[np.argmax(scores[tiles])]  # without any score: the first anyway
     return np.concatenate(([first], tiles[tiles != first]))
 
 

@@ -117,6 +117,17 @@ class TorchAdapter:
                 f"{name} requires a gradient, and cusparge computes the forward pass only: call "
                 f"it under `torch.no_grad()`, or pass `{name}.detach()`."
             )
+        if torch.autograd.forward_ad.unpack_dual(array).tangent is not None:
+            raise UnsupportedError(
+                f"{name} carries a forward-mode gradient, and cusparge would drop it: pass "
+                f"`torch.autograd.forward_ad.unpack_dual({name}).primal`."
+            )
+        if _is_stand_in(array):
+            raise UnsupportedError(
+                f"{name} is a stand-in without memory ({type(array).__name__}): cusparge cannot be "
+                "called inside torch.compile, torch.export, torch.func.vmap or jvp. Call it on "
+                "ordinary tensors, outside the transformed function."
+            )
 
     def view(self, array: Any, name: str) -> HostArray:
         """View the tensor's memory."""
@@ -156,6 +167,11 @@ class JaxAdapter:
                 f"{name} is a JAX tracer ({type(array).__name__}): cusparge cannot be called "
                 "inside jax.jit, jax.grad or jax.vmap. Call it on concrete arrays, outside the "
                 "transformed function."
+            )
+        if array.is_deleted():
+            raise InvalidArgumentError(
+                f"{name} is a JAX array that has been deleted, perhaps donated to another "
+                "computation: pass an array that still has its values."
             )
 
     def view(self, array: Any, name: str) -> HostArray:
@@ -229,6 +245,20 @@ _NUMPY, _TORCH, _JAX = NumpyAdapter(), TorchAdapter(), JaxAdapter()
 
 def _type_name(array: Any) -> str:
     return f"{type(array).__module__}.{type(array).__qualname__}"
+
+
+def _is_stand_in(array: Any) -> bool:
+    """Tell whether a torch tensor belongs to a transformation and has no memory of its own."""
+    torch = sys.modules["torch"]
+    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())
+    functional = getattr(torch, "_is_functional_tensor", None)
+    functorch = getattr(torch._C, "_functorch", None)
+    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    return (
+        isinstance(array, fake)
+        or (functional is not None and functional(array))
+        or (wrapped is not None and wrapped(array))
+    )
 
 
 def _is_tracer(array: Any) -> bool:

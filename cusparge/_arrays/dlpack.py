@@ -115,7 +115,7 @@ def read_host(array: Any, name: str) -> HostArray:
             capsule = array.__dlpack__(max_version=(1, 0))
         except TypeError:  # an exporter from before DLPack 1.0
             capsule = array.__dlpack__()
-    except (BufferError, RuntimeError, ValueError, TypeError) as error:
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidArgumentError(
             f"{name} cannot be exported through DLPack: its {type(array).__name__} says "
             f"{str(error)!r}. Pass an ordinary strided array of float16, bfloat16, float32 or "
@@ -145,7 +145,7 @@ def read_capsule(capsule: Any, name: str) -> HostArray:
         _rename(capsule, _USED_OLD)
     else:
         raise InvalidArgumentError(
-            f"{name} did not hand out a fresh DLPack capsule: got {capsule!r}. "
+            f"{name} did not hand out a fresh DLPack capsule: got a {type(capsule).__name__}. "
             "Each capsule can be taken once; pass the array itself."
         )
     return _view(tensor, owner, read_only, name)
@@ -172,11 +172,16 @@ def _view(tensor: _DLTensor, owner: _Owner, read_only: bool, name: str) -> HostA
     if math.prod(shape) == 0:
         empty: npt.NDArray[Any] = np.empty(shape, np.dtype(_TYPESTR.get(dtype, dtype)))
         return HostArray(empty, public_dtype)
+    if not tensor.data:
+        raise InvalidArgumentError(
+            f"{name} has shape {shape} but no memory: it may have been freed, or be a stand-in "
+            "that holds no data. Pass an array with values."
+        )
     owner.__array_interface__ = {
         "version": 3,
         "shape": shape,
         "strides": strides,
-        "typestr": _TYPESTR.get(dtype, np.dtype(dtype if kind != "bfloat" else "u2").str),
-        "data": ((tensor.data or 0) + tensor.byte_offset, read_only),
+        "typestr": np.dtype(_TYPESTR.get(dtype, dtype)).str,
+        "data": (tensor.data + tensor.byte_offset, read_only),
     }
     return HostArray(np.asarray(owner), public_dtype)

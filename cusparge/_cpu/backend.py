@@ -272,6 +272,10 @@ class _Run:
         allowed = np.arange(total) < reach.reachable(blocks)[:, None]
         if self.block_map is not None:
             wanted, halves = _rows_of_map(self.block_map, group.sequence, head, blocks, total)
+            if halves is not None:  # a half block that lies in the future is not computed for it
+                seen = reach.reachable_by_halves(blocks)
+                halves &= np.arange(total)[:, None] < seen[:, None, :]
+                wanted = halves.any(axis=2)
             return allowed & wanted, no_top, halves
         rule = self.rules[head]
         if rule.kind == "dense":
@@ -315,16 +319,21 @@ class _Run:
             )
         else:
             result = tiles.attend(source, chosen, rows)
-        empty = result.total == 0
+        total, values = result.total, result.weighted
+        empty = total == 0
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            values = result.weighted / np.where(empty, work(1), result.total)[:, None]
-            lse = (result.shift + np.log2(result.total)) * work(math.log(2.0))
-            if self.quantized and self.lse is not None:  # K was shifted by its mean
-                lse = lse + (queries @ source.mean.astype(work)) * work(problem.sm_scale)
+            values /= np.where(empty, work(1), total)[:, None]
+            lse = None
+            if self.lse is not None:
+                lse = (result.shift + np.log2(total)) * work(math.log(2.0))
+                if self.quantized:  # K was shifted by its mean
+                    lse += (queries @ source.mean.astype(work)) * work(problem.sm_scale)
         nan_rows = bad_rows | _rows_that_see(source.bad_keys, chosen, rows)
-        values[nan_rows & ~empty] = np.nan
-        lse[nan_rows] = np.nan
-        lse[empty] = -np.inf
+        if nan_rows.any():
+            values[nan_rows & ~empty] = np.nan
+        if lse is not None:
+            lse[nan_rows] = np.nan
+            lse[empty] = -np.inf
         if self.quantized:  # codes round up: the largest V may come out beyond the dtype's range
             limit = finite_max(problem.dtype)
             np.clip(values, -limit, limit, out=values)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cusparge._cpu.scratch import scratch
 from cusparge._cpu.source import Floats, KeySource
 from cusparge._types import BLOCK_K, BLOCK_Q, num_blocks
 from cusparge.policy import Dense, Policy, TopCdf, TopK
@@ -78,10 +79,17 @@ class Reach:
 
     def reachable(self, blocks: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Return how many key blocks, from the first one on, each query block may see."""
+        return self._seen_by(np.minimum((blocks + 1) * BLOCK_Q, self.seqlen_q) - 1)
+
+    def reachable_by_halves(self, blocks: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        """Return the same for the two groups of 64 rows in each query block, (blocks, 2)."""
+        last_row = blocks[:, None] * BLOCK_Q + np.array([BLOCK_Q // 2, BLOCK_Q]) - 1
+        return self._seen_by(np.minimum(last_row, self.seqlen_q - 1))
+
+    def _seen_by(self, last_row: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         valid = num_blocks(self.seqlen_k, BLOCK_K)
         if self.offset is None:
-            return np.full(len(blocks), valid, np.intp)
-        last_row = np.minimum((blocks + 1) * BLOCK_Q, self.seqlen_q) - 1
+            return np.full(last_row.shape, valid, np.intp)
         seen: npt.NDArray[np.intp] = np.clip((last_row + self.offset) // BLOCK_K + 1, 0, valid)
         return seen
 
@@ -151,8 +159,9 @@ def pool_keys(source: KeySource, work: Any) -> Pooled:
     for start in range(0, total, step):
         stop = min(start + step, total)
         rows = source.raw_keys(start * BLOCK_K, min(stop * BLOCK_K, source.tokens), work)
-        centred = np.zeros(((stop - start) * BLOCK_K, head_dim), work)
+        centred = scratch.get("centred", ((stop - start) * BLOCK_K, head_dim), work)
         np.subtract(rows, mean, out=centred[: len(rows)])
+        centred[len(rows) :] = 0
         blocks = centred.reshape(stop - start, BLOCK_K, head_dim)
         parts.append(pool(blocks, tokens[start:stop], bad[start:stop], noise))
     if not parts:
@@ -232,6 +241,6 @@ def select(
     chosen = (picked & candidates) | fixed | forced
     chosen[takes_all] = allowed[takes_all]
 
-    scored = np.where(chosen, weights, -1)
-    top = np.where(takes_all | (scored.max(axis=1) < 0), -1, scored.argmax(axis=1))
+    scored = np.where(chosen, scores, -np.inf)  # weights round down to 0 far below the best
+    top = np.where(takes_all | np.isneginf(scored.max(axis=1)), -1, scored.argmax(axis=1))
     return chosen, top

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cusparge._cpu.rounding import round_e4m3
+from cusparge._cpu.scratch import scratch
 from cusparge._cpu.source import Floats, KeySource
 from cusparge._types import BLOCK_K, BLOCK_Q
 
@@ -37,27 +37,6 @@ P_OFFSET = 8.0
 
 #: Sums of weights beyond this say that the shift was far too small; the online path takes over.
 _LARGEST_SUM = 2.0**64
-
-
-class _Scratch(threading.local):
-    """Buffers of one thread, kept between calls: fresh memory costs more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, Any], Floats] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], work: Any) -> Floats:
-        """Return an uninitialised array of that shape."""
-        size = 1
-        for extent in shape:
-            size *= extent
-        buffer = self._buffers.get((name, work))
-        if buffer is None or buffer.size < size:
-            buffer = np.empty(size, work)
-            self._buffers[name, work] = buffer
-        return buffer[:size].reshape(shape)
-
-
-_scratch = _Scratch()
 
 
 @dataclass(frozen=True)
@@ -133,20 +112,20 @@ def attend(source: KeySource, chosen: Index, rows: RowBlock) -> Result:
     head_dim, num_rows = rows.queries.shape
     weighted = np.empty((num_rows, head_dim), work)
     total = np.zeros(num_rows, work)
-    more = _scratch.get("more", weighted.shape, work)
+    more = scratch.get("more", weighted.shape, work)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for number, step in enumerate(_steps(chosen)):
             size = len(step) * BLOCK_K
-            buffer = _scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+            buffer = scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
             keys = source.keys(step, buffer).reshape(size, head_dim)
-            scores = _scratch.get("scores", (size, num_rows), work)
+            scores = scratch.get("scores", (size, num_rows), work)
             np.matmul(keys, rows.queries, out=scores)
             scores -= shift
             if step[-1] >= rows.unmasked or rows.halves is not None or step[-1] == _tail(source):
                 _hide(scores.reshape(len(step), BLOCK_K, num_rows), step, rows, source.tokens)
             _exp2(scores)
             total += _ones(size, work) @ scores
-            buffer = _scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+            buffer = scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
             values = source.values(step, buffer).reshape(size, head_dim)
             np.matmul(scores.T, values, out=more if number else weighted)
             if number:
@@ -175,9 +154,9 @@ def attend_online(
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for step in _steps(order) if len(order) else []:
             size = len(step) * BLOCK_K
-            buffer = _scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+            buffer = scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
             keys = source.keys(step, buffer).reshape(size, head_dim)
-            flat = _scratch.get("scores", (size, num_rows), work)
+            flat = scratch.get("scores", (size, num_rows), work)
             np.matmul(keys, rows.queries, out=flat)
             scores = flat.reshape(len(step), BLOCK_K, num_rows)
             _hide(scores, step, rows, source.tokens)
@@ -194,7 +173,7 @@ def attend_online(
                     continue
             latest = np.where(np.isneginf(maxima[-1]), 0, maxima[-1]).astype(work)
             before = np.exp2(running - latest)
-            buffer = _scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+            buffer = scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
             values = source.values(step, buffer)
             if not kept.all():
                 scores, values = scores[kept], values[kept]
