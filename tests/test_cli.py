@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import importlib.util
 import io
 import json
 import os
@@ -215,8 +216,9 @@ def three_rounds(monkeypatch):
 
 def test_demo(capsys, tmp_path, three_rounds):
     picture = tmp_path / "maps.png"
-    record = run_json(capsys, "demo", "--png", picture)
-    assert picture.read_bytes().startswith(PNG)
+    drawn = ["--png", picture] if importlib.util.find_spec("matplotlib") else []
+    record = run_json(capsys, "demo", *drawn)
+    assert not drawn or picture.read_bytes().startswith(PNG)
     assert "espeak-ng" in record["data"]
     assert record["shape"] == [1, 3, 1500, 64]
     assert record["pairs"] >= 3
@@ -228,7 +230,8 @@ def test_demo(capsys, tmp_path, three_rounds):
     # The same numbers from the library, and what the data's own page says of them.
     inputs = files.demo_inputs()
     arrays = [array.astype(np.float32) for array in (inputs.q, inputs.k, inputs.v)]
-    exact = cusparge.attention(*arrays, policy=cusparge.Dense(), backend="reference")
+    with measure.one_blas_thread():
+        exact = cusparge.attention(*arrays, policy=cusparge.Dense(), backend="reference")
     out, stats = cusparge.attention(*arrays, return_stats=True)
     default = record["results"][1]
     np.testing.assert_allclose(default["error"], relative_l1(out, exact), rtol=1e-9)
@@ -290,6 +293,7 @@ def test_inspect_layout_and_keep(capsys, tmp_path, rng):
 
 
 def test_report_is_one_safe_file(capsys, tmp_path, rng):
+    pytest.importorskip("matplotlib")
     hostile = "<img src=x onerror=alert(1)>&\"'{file}.safetensors"
     source = save(tmp_path / hostile, example(rng, batch=1))
     report, picture = tmp_path / "report.html", tmp_path / "maps.png"
@@ -314,6 +318,7 @@ def test_report_is_one_safe_file(capsys, tmp_path, rng):
 
 
 def test_pictures_of_empty_and_unfit_heads(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     empty = np.zeros((1, 2, 0, 16), np.float32)
     source = save(tmp_path / "a.npz", {"q": empty, "k": empty, "v": empty})
     run_json(capsys, "inspect", source, "--html", tmp_path / "a.html")

@@ -249,7 +249,7 @@ class _Run:
             or score > _LARGE_SCORE
         )
         work = np.float64 if wide else np.float32
-        rows = to_float(queries, work)
+        rows = np.ascontiguousarray(to_float(queries, work))
         bad = np.zeros(len(rows), np.bool_)
         bad[seen.bad_rows] = True
         if len(seen.bad_rows):
@@ -275,7 +275,7 @@ class _Run:
             if halves is not None:  # a half block that lies in the future is not computed for it
                 seen = reach.reachable_by_halves(blocks)
                 halves &= np.arange(total)[:, None] < seen[:, None, :]
-                wanted = halves.any(axis=2)
+                wanted = np.asarray(halves.any(axis=2))
             return allowed & wanted, no_top, halves
         rule = self.rules[head]
         if rule.kind == "dense":
@@ -335,7 +335,7 @@ class _Run:
             lse[nan_rows] = np.nan
             lse[empty] = -np.inf
         if self.quantized:  # codes round up: the largest V may come out beyond the dtype's range
-            limit = finite_max(problem.dtype)
+            limit = min(finite_max(problem.dtype), float(np.finfo(work).max))
             np.clip(values, -limit, limit, out=values)
         self._write(group.sequence, head, first, values, lse)
         return result.skipped

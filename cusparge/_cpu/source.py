@@ -39,7 +39,10 @@ def scan(array: HostArray, *, total: bool = False, per_channel: bool = False) ->
     sums, channels = np.zeros(head_dim), np.zeros(head_dim)
     bad: list[npt.NDArray[np.intp]] = []
     for start in range(0, tokens, _ROWS):
-        part = to_float(array.with_data(array.data[start : start + _ROWS]), work)
+        # Contiguous, as sums may depend on the strides that BLAS sees: equal bytes, equal bits.
+        part = np.ascontiguousarray(
+            to_float(array.with_data(array.data[start : start + _ROWS]), work)
+        )
         low, high = float(part.min()), float(part.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             finite = np.isfinite(part)
@@ -118,9 +121,9 @@ class KeySource:
             tail = np.zeros((BLOCK_K, self.head_dim), np.float32)
             tail[: self.tokens - whole * BLOCK_K] = rows[whole * BLOCK_K :]
             self._tails[which] = tail
-        # BLAS takes rows as they lie when they ascend without overlapping.
+        # Only rows that lie as a copy of them would give BLAS the very same operands.
         self._direct[which] = bool(
-            rows.flags.aligned and rows.strides[0] >= self.head_dim * rows.itemsize
+            rows.flags.aligned and rows.strides == (self.head_dim * rows.itemsize, rows.itemsize)
         )
 
     def kept_bytes(self) -> int:

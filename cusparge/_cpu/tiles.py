@@ -35,7 +35,7 @@ _STEP_BLOCKS = 16
 #: Quantized weights are e4m3 values of 2^8 · p, so that small ones keep their digits.
 P_OFFSET = 8.0
 
-#: Sums of weights beyond this say that the shift was far too small; the online path takes over.
+#: Sums of weights beyond this say that a row's shift was far too small; the online path takes over.
 _LARGEST_SUM = 2.0**64
 
 
@@ -130,8 +130,11 @@ def attend(source: KeySource, chosen: Index, rows: RowBlock) -> Result:
             np.matmul(scores.T, values, out=more if number else weighted)
             if number:
                 weighted += more
-    if not total.max() < _LARGEST_SUM:  # NaN must not pass either
-        return attend_online(source, chosen, rows, pv_log2=None, quantized=False)
+    far = ~(total < _LARGEST_SUM)  # NaN as well
+    if far.any():  # row by row: what one row holds must not show in the bits of another
+        exact = attend_online(source, chosen, rows, pv_log2=None, quantized=False)
+        weighted[far], total[far] = exact.weighted[far], exact.total[far]
+        shift = np.where(far, exact.shift, shift)
     return Result(weighted, total, shift, 0)
 
 

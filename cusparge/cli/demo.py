@@ -18,6 +18,7 @@ from cusparge.cli import files
 from cusparge.cli.measure import (
     describe_machine,
     machine,
+    one_blas_thread,
     paired_times,
     relative_l1,
     torch_attention,
@@ -73,14 +74,16 @@ def execute(args: argparse.Namespace, ui: Ui) -> int:
     arrays = (inputs.q, inputs.k, inputs.v)
     settings = policies()
     ui.note("the float64 reference ...")
-    exact = cusparge.attention(*arrays, policy=cusparge.Dense(quantize=False), backend="reference")
+    dense = cusparge.Dense(quantize=False)
+    with one_blas_thread():
+        exact = cusparge.attention(*arrays, policy=dense, backend="reference")
 
     functions = _functions(arrays, settings, ui if args.torch else None)
     repeats = 15
     with ui.progress("timing", repeats) as advance:
         times = paired_times(functions, repeats=repeats, seconds=_SECONDS, after_round=advance)
 
-    results = [_row("dense", cusparge.Dense(quantize=False), arrays, exact, times)]
+    results = [_row("dense", dense, arrays, exact, times)]
     for policy in settings:
         results.append(_row(describe_policy(policy), policy, arrays, exact, times))
     if "torch" in times:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import cusparge
 from cusparge import viz
 from cusparge.cli import files, report
-from cusparge.cli.measure import describe_machine, machine, relative_l1
+from cusparge.cli.measure import describe_machine, machine, one_blas_thread, relative_l1
 from cusparge.cli.options import (
     add_call_options,
     call_options,
@@ -242,13 +242,14 @@ def _panels(
                     masks[setting][sequence, head],
                 )
             )
-            mass = viz.block_mass(
-                inputs.q[sequence, head],
-                inputs.k[sequence, head // group],
-                causal=args.causal,
-                causal_align=args.causal_align,
-                sm_scale=args.sm_scale,
-            )
+            with one_blas_thread():
+                mass = viz.block_mass(
+                    inputs.q[sequence, head],
+                    inputs.k[sequence, head // group],
+                    causal=args.causal,
+                    causal_align=args.causal_align,
+                    sm_scale=args.sm_scale,
+                )
             panels.append(viz.Panel(f"{label}: its attention\nshare in each block", mass))
             advance()
     return panels

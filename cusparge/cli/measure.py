@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "cores",
     "describe_machine",
     "machine",
+    "one_blas_thread",
     "paired_times",
     "relative_l1",
     "threads_in_use",
@@ -181,6 +183,20 @@ def paired_times(
     return times
 
 
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Return a context in which NumPy multiplies on one thread, where threadpoolctl is installed.
+
+    For the reference and other plain NumPy: its products are small, and on a machine that is busy
+    with something else BLAS's threads make them many times slower.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return nullcontext()
+    limits: AbstractContextManager[object] = threadpool_limits(1, user_api="blas")
+    return limits
+
+
 def cores() -> int:
     """Return how many processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -281,8 +297,9 @@ def relative_l1(
 ) -> Any:
     """Return sum |out - expected| / sum |expected|, in float64; 0 where both are all zeros."""
     with np.errstate(all="ignore"):
-        wanted = expected.astype(np.float64)
-        missed = np.abs(out.astype(np.float64) - wanted).sum(axis=axis)
+        # One order in memory: the last bits of a sum depend on it.
+        wanted = expected.astype(np.float64, order="C")
+        missed = np.abs(out.astype(np.float64, order="C") - wanted).sum(axis=axis)
         size = np.abs(wanted).sum(axis=axis)
         return np.where(missed == 0, 0.0, missed / size)
 
