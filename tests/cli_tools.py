@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from cusparge.cli import main, tensors
 
-__all__ = ["example", "load", "refused", "run_json", "save"]
+__all__ = ["example", "hide", "load", "refused", "run_json", "save"]
 
 
 def example(rng, *, batch=2, heads_q=4, heads_kv=2, tokens_q=200, tokens_k=330, head_dim=40):
@@ -54,3 +55,15 @@ def refused(capsys, *words, code=1):
     assert "Traceback" not in captured.err
     assert "cusparge: error:" in captured.err
     return captured.err
+
+
+def hide(monkeypatch, *names):
+    """Make packages look as if they were not installed."""
+    real = builtins.__import__
+
+    def fake(name, *args, **kwargs):
+        if name.partition(".")[0] in names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fake)

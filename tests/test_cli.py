@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import builtins
 import importlib.util
 import io
 import json
@@ -14,13 +13,12 @@ import sys
 
 import numpy as np
 import pytest
-from cli_tools import example, refused, run_json, save
+from cli_tools import example, hide, refused, run_json, save
 from compare import relative_l1
 
 import cusparge
 import cusparge.cli
 from cusparge.cli import doctor, files, main, measure
-from cusparge.errors import InvalidArgumentError
 
 COMMANDS = ("demo", "run", "inspect", "bench", "doctor")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,23 +33,6 @@ def python(*words, **environment):
         env={**os.environ, **environment},
         check=False,
     )
-
-
-@pytest.fixture
-def without(monkeypatch):
-    """Make packages look as if they were not installed."""
-
-    def hide(*names):
-        real = builtins.__import__
-
-        def fake(name, *args, **kwargs):
-            if name.partition(".")[0] in names:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-            return real(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", fake)
-
-    return hide
 
 
 # --- The program as a whole ----------------------------------------------------------------------
@@ -77,6 +58,15 @@ def test_as_a_module():
     assert done.stdout == ""
     assert "frobnicate" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_doctor_imports_no_framework():
+    code = (
+        "import sys; from cusparge.cli import main; main(['doctor', '--json']); "
+        "bad = {'torch', 'jax', 'cupy', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(3 if bad else 0)"
+    )
+    assert python("-c", code).returncode == 0
 
 
 def test_help_and_version(capsys):
@@ -334,195 +324,8 @@ def test_pictures_of_empty_and_unfit_heads(capsys, tmp_path):
 @pytest.mark.parametrize(
     "words", [["demo", "--png"], ["inspect", "--demo", "--png"], ["inspect", "--demo", "--html"]]
 )
-def test_pictures_without_matplotlib(capsys, tmp_path, without, words):
-    without("matplotlib")
+def test_pictures_without_matplotlib(capsys, tmp_path, monkeypatch, words):
+    hide(monkeypatch, "matplotlib")
     message = refused(capsys, *words, tmp_path / "out.file")
     assert 'pip install "cusparge[plot]"' in message
     assert list(tmp_path.iterdir()) == []
-
-
-# --- bench, and what it measures with ------------------------------------------------------------
-
-SMALL = ("bench", "--tokens", "512", "--heads", "2", "--repeats", "2")
-
-
-def test_bench_without_torch(capsys, without, monkeypatch):
-    monkeypatch.setenv("CUSPARGE_NUM_THREADS", "2")
-    without("torch")
-    record = run_json(capsys, *SMALL, "--sparsity", "0.5", "0.75", "--threads", "1")
-    assert record["torch_timed"] is False
-    assert [row["sparsity"] for row in record["results"]] == [0.5, 0.75]
-    assert record["machine"]["threads"] == 1
-    assert os.environ["CUSPARGE_NUM_THREADS"] == "2"
-    for row in record["results"]:
-        assert 0 < row["error"] < 1e-3
-        assert set(row["seconds"]) == {"dense", "sparse"}
-    assert main([*SMALL, "--sparsity", "0.5"]) == 0
-    captured = capsys.readouterr()
-    assert "torch is not installed" in captured.err
-    assert "0.500" in captured.out
-
-
-def test_bench_with_torch(capsys, torch):
-    before = torch.get_num_threads()
-    try:
-        record = run_json(capsys, *SMALL, "--sparsity", "0.5", "--threads", "1")
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    assert record["torch_timed"] is True
-    assert set(record["results"][0]["speedup"]) == {"dense", "torch"}
-
-
-def test_torch_computes_the_same(rng, torch):
-    arrays = rng.standard_normal((3, 1, 2, 100, 32), dtype=np.float32)
-    before = torch.get_num_threads()
-    try:
-        out = measure.torch_attention(*arrays)()
-    finally:
-        torch.set_num_threads(before)
-    dense = cusparge.attention(*arrays, policy=cusparge.Dense())
-    assert relative_l1(np.asarray(out), dense) < 1e-5
-
-
-@pytest.mark.parametrize("sparsity", [0, 0.5, 0.75])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_clustered_inputs_have_the_sparsity_asked_for(rng, sparsity, head_dim):
-    shape = {"batch": 2, "heads": 2, "tokens": 1024, "head_dim": head_dim}
-    arrays = measure.clustered_inputs(rng, **shape, sparsity=sparsity)
-    assert all(array.dtype == np.float32 for array in arrays)
-    policy = cusparge.TopCdf(0.9995, 0.5)
-    out, stats = cusparge.attention(*arrays, policy=policy, return_stats=True)
-    np.testing.assert_array_equal(stats.sparsity_per_head, np.full((2, 2), sparsity))
-    assert relative_l1(out, cusparge.attention(*arrays, policy=cusparge.Dense())) < 1e-3
-
-
-def test_clustered_inputs_refuse(rng):
-    good = {"batch": 1, "heads": 1, "tokens": 128, "head_dim": 64, "sparsity": 0.5}
-    assert measure.clustered_inputs(rng, **good)[0].shape == (1, 1, 128, 64)
-    for bad in ({"tokens": 0}, {"sparsity": 1}, {"sparsity": float("nan")}, {"sparsity": 0.9}):
-        with pytest.raises(InvalidArgumentError):
-            measure.clustered_inputs(rng, **good | bad)
-
-
-def test_paired_times_interleave():
-    calls = []
-    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = measure.paired_times(functions, repeats=4, warmup=2)
-    assert "".join(calls) == "ab" * 6
-    assert [len(times[name]) for name in "ab"] == [4, 4]
-    assert min(times["a"] + times["b"]) >= 0
-    assert len(measure.paired_times(functions, repeats=9, seconds=0)["a"]) == 3
-    with pytest.raises(InvalidArgumentError, match="repeats"):
-        measure.paired_times(functions, repeats=0)
-
-
-def test_relative_l1_edges():
-    nan, zero, one = np.full(3, np.nan), np.zeros(3), np.ones(3)
-    assert measure.relative_l1(zero, zero) == 0
-    assert measure.relative_l1(one, zero) == np.inf
-    assert np.isnan(measure.relative_l1(nan, one))
-    assert measure.relative_l1(1.5 * one, one) == 0.5
-
-
-def test_machine_tells_no_path_or_host():
-    import socket
-
-    record = measure.machine()
-    text = json.dumps(record)
-    assert record["numpy"] == np.__version__
-    assert record["threads"] >= 1
-    assert "/" not in text
-    if len(socket.gethostname()) > 3:
-        assert socket.gethostname() not in text
-
-
-# --- doctor --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plain_machine(monkeypatch):
-    """A machine without a GPU and without settings of its own."""
-    for name in list(os.environ):
-        if name.endswith("_NUM_THREADS"):
-            monkeypatch.delenv(name)
-    gpu = {"driver": None, "nvidia_smi": False, "devices": []}
-    monkeypatch.setattr(doctor, "find_gpu", lambda: gpu)
-    return gpu
-
-
-def test_doctor(capsys, plain_machine):
-    record = run_json(capsys, "doctor")
-    assert record["ok"] is True
-    assert record["would_run"] == "cpu"
-    assert record["warnings"] == []
-    assert record["packages"]["numpy"] == np.__version__
-    assert set(record["self_check"]["errors"]) == {"dense", "sparse"}
-    assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert "self-check passed" in text
-    assert "no GPU backend yet" in text
-
-
-def test_doctor_fails_when_the_numbers_are_wrong(capsys, plain_machine, monkeypatch):
-    real = cusparge.attention
-    for factor in (1.01, np.nan):
-
-        def wrong(*arrays, factor=factor, **options):
-            out = real(*arrays, **options)
-            return out if options.get("backend") == "reference" else out * np.float32(factor)
-
-        monkeypatch.setattr(cusparge, "attention", wrong)
-        assert main(["doctor", "--json"]) == 1
-        assert json.loads(capsys.readouterr().out)["self_check"]["ok"] is False
-    assert main(["doctor"]) == 1
-    assert "self-check FAILED" in capsys.readouterr().out
-
-
-def test_doctor_warns(capsys, plain_machine, monkeypatch):
-    monkeypatch.setenv("CUSPARGE_NUM_THREADS", "many")
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    versions = {"cupy-cuda12x": "13.6", "cupy-cuda13x": "14.0"}
-    monkeypatch.setattr(doctor, "version_of", versions.get)
-    assert main(["doctor", "--json"]) == 1  # every call fails with such a number of threads
-    record = json.loads(capsys.readouterr().out)
-    problems = " ".join(warning["problem"] for warning in record["warnings"])
-    for word in ("cupy", "threadpoolctl", "OPENBLAS_NUM_THREADS=1", "CUSPARGE_NUM_THREADS=many"):
-        assert word in problems
-    assert all(warning["mend"] for warning in record["warnings"])
-    assert "CUSPARGE_NUM_THREADS" in record["self_check"]["message"]
-
-
-def test_doctor_finds_a_gpu_that_it_cannot_use(capsys, tmp_path, monkeypatch):
-    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
-    (tmp_path / "version").write_text(
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC\n"
-    )
-    (tmp_path / "gpus" / "0000:01:00.0" / "information").write_text(
-        "Model: \t\t NVIDIA H200\nIRQ: 7\n"
-    )
-    found = doctor.find_gpu(tmp_path)
-    assert found["driver"] == "580.65.06"
-    assert [device["name"] for device in found["devices"]] == ["NVIDIA H200"]
-    assert doctor.find_gpu(tmp_path / "nothing")["devices"] == []
-    monkeypatch.setattr(doctor, "find_gpu", lambda: found)
-    assert main(["doctor"]) == 1
-    text = capsys.readouterr().out
-    assert "NVIDIA H200" in text
-    assert "no GPU backend yet" in text
-
-
-def test_doctor_imports_no_framework():
-    code = (
-        "import sys; from cusparge.cli import main; main(['doctor', '--json']); "
-        "bad = {'torch', 'jax', 'cupy', 'matplotlib'} & set(sys.modules); "
-        "sys.exit(3 if bad else 0)"
-    )
-    assert python("-c", code).returncode == 0
-
-
-def test_paths_are_told_without_the_home_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert doctor.short_path(tmp_path / "a" / "b") == os.path.join("~", "a", "b")
-    assert doctor.short_path(tmp_path) == "~"
-    assert doctor.short_path(str(tmp_path) + "2") == str(tmp_path) + "2"
