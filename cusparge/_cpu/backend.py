@@ -21,7 +21,7 @@ from cusparge._arrays import HostArray
 from cusparge._arrays.view import finite_max, from_float, to_float
 from cusparge._cpu import threads, tiles
 from cusparge._cpu.rounding import int8_round_trip
-from cusparge._cpu.source import Floats, KeySource, scan
+from cusparge._cpu.source import Floats, KeySource, needs_float64, scan
 from cusparge._cpu.stage1 import HeadRule, Pooled, Reach, head_rule, pool, pool_keys, select
 from cusparge._types import BLOCK_K, BLOCK_Q, BlockMap, Counts, Problem, num_blocks
 
@@ -32,9 +32,7 @@ _KEEP_BYTES = 40 * 2**20
 
 _LOG2_E = math.log2(math.e)
 
-#: Beyond these magnitudes squares, products or sums of float32 could overflow: float64 is used.
-_LARGE_QK = 1e15
-_LARGE_V = 1e15
+#: Scores beyond this could overflow float32 on their way: float64 is used.
 _LARGE_SCORE = 1e30
 
 
@@ -168,9 +166,8 @@ class _Run:
         )
         source = KeySource(group.k, group.v, need_v=self.out is not None, quantized=self.quantized)
         if needs_map:
-            wide = source.largest_k > _LARGE_QK
-            group.pooled = pool_keys(source, np.float64 if wide else np.float32)
-        if self.out is not None and source.kept_bytes() <= budget:
+            group.pooled = pool_keys(source, np.float64 if source.wide else np.float32)
+        if self.out is not None and not source.wide and source.kept_bytes() <= budget:
             source.keep()
         group.source = source
 
@@ -240,12 +237,11 @@ class _Run:
     ) -> tuple[Floats, npt.NDArray[np.bool_], Any]:
         """Return the rows in the precision they need, cleared, and which were not finite."""
         seen = scan(queries)
-        largest = seen.largest
-        score = largest * source.largest_k * self.problem.head_dim * abs(self.problem.sm_scale)
+        scale = abs(self.problem.sm_scale)
+        score = seen.largest * source.largest_k * self.problem.head_dim * scale
         wide = (
-            max(largest, source.largest_k) > _LARGE_QK
-            or source.largest_v > _LARGE_V
-            or largest * abs(self.problem.sm_scale) > _LARGE_QK
+            source.wide
+            or any(map(needs_float64, (seen.largest, scale, seen.largest * scale)))
             or score > _LARGE_SCORE
         )
         work = np.float64 if wide else np.float32

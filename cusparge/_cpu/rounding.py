@@ -56,6 +56,6 @@ def power_of_two_scale(largest: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """
     mantissa, exponent = np.frexp(largest / E4M3_MAX)
     exponent = np.where(mantissa == 0.5, exponent - 1, exponent)
-    exponent = np.maximum(exponent, -149)  # float32's smallest number: the scale must not be 0
+    exponent = np.maximum(exponent, -1022)  # the scale must not be 0
     scale: npt.NDArray[Any] = np.ldexp(np.ones_like(largest), exponent)
     return np.where(largest > 0, scale, np.ones_like(largest))

@@ -14,11 +14,20 @@ from cusparge._arrays.view import to_float
 from cusparge._cpu.rounding import KEY_GROUP, int8_round_trip, power_of_two_scale, round_e4m3
 from cusparge._types import BLOCK_K, num_blocks
 
-__all__ = ["Floats", "KeySource", "scan"]
+__all__ = ["Floats", "KeySource", "needs_float64", "scan"]
 
 Floats = npt.NDArray[Any]  # float32, or float64 where float32 would overflow
 
 _ROWS = 4096  # tokens per step of a scan: half a megabyte at head_dim 32, two at 128
+
+
+#: Magnitudes of a whole tensor beyond these make squares, products or sums leave float32's range.
+_SMALLEST, _LARGEST = 1e-25, 1e15
+
+
+def needs_float64(largest: float) -> bool:
+    """Tell whether a tensor of that magnitude needs float64 arithmetic."""
+    return largest > _LARGEST or 0.0 < largest < _SMALLEST
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ class KeySource:
     ----------
     mean : (head_dim,) float64
         Mean of K over its tokens, non-finite elements counted as 0.
+    wide : bool
+        Magnitudes need float64 arithmetic.
     bad_keys : (n,) intp
         Ascending tokens with a non-finite element in K or V; rows that see one become NaN.
     """
@@ -103,6 +114,7 @@ class KeySource:
                 self.bad_keys = np.union1d(keys.bad_rows, values.bad_rows)
             if quantized:
                 self._v_scale = power_of_two_scale(values.largest_per_channel)
+        self.wide = needs_float64(self.largest_k) or needs_float64(self.largest_v)
         self._blocks: list[Floats | None] = [None, None]
         self._tails: list[Floats | None] = [None, None]
         self._direct = [False, False]
@@ -222,7 +234,8 @@ class KeySource:
             out[~inside, self.tokens - whole * BLOCK_K :] = 0
             int8_round_trip(out.reshape(len(index), -1, KEY_GROUP, self.head_dim), axes=(2, 3))
         elif self.quantized:
-            scale = self._v_scale.astype(work)
+            smallest = np.finfo(work).smallest_subnormal  # the scale must not round to 0
+            scale = np.maximum(self._v_scale, smallest).astype(work)
             codes = (out / scale).astype(np.float32, copy=False)
             round_e4m3(codes)
             np.multiply(codes, scale, out=out)

@@ -127,14 +127,19 @@ def pool(blocks: Floats, tokens: npt.NDArray[np.intp], bad: Bools, noise: float)
     in n alone; in an all-zero block all tokens are identical, so it is 1. Tokens shorter than
     `noise` are what rounding left of zero.
     """
-    squared = np.einsum("btd,btd->bt", blocks, blocks)
+    directions = blocks
+    if blocks.dtype == np.float64:  # squares of what needs float64 could overflow it as well
+        largest = np.abs(blocks).max(axis=2, keepdims=True)
+        directions = blocks / np.where(largest > 0, largest, 1)
+        noise = 0.0
+    squared = np.einsum("btd,btd->bt", directions, directions)
     short = squared <= noise * noise
     tiny = ~short & (squared < 1e-30)
     lengths = np.sqrt(squared)
     if tiny.any():  # squares near float32's smallest number have lost their digits
         lengths[tiny] = np.sqrt(np.square(blocks[tiny], dtype=np.float64).sum(axis=1))
     inverse = np.divide(1, lengths, out=np.zeros_like(lengths), where=~short)
-    unit_sum = np.matmul(inverse[:, None, :], blocks)[:, 0].astype(np.float64)
+    unit_sum = np.matmul(inverse[:, None, :], directions)[:, 0].astype(np.float64)
     count = np.maximum(tokens, 1).astype(np.float64)
     similarity = np.minimum(np.square(unit_sum / count[:, None]).sum(axis=1), 1.0)
     similarity[short.all(axis=1)] = 1.0
@@ -153,7 +158,7 @@ def pool_keys(source: KeySource, work: Any) -> Pooled:
     bad[source.bad_in_k // BLOCK_K] = True
     mean = source.mean.astype(work)
     # Subtracting the mean leaves this much of a token that equals it.
-    noise = 2.0**-22 * source.largest_k * math.sqrt(head_dim) if work == np.float32 else 0.0
+    noise = 2.0**-22 * source.largest_k * math.sqrt(head_dim)
     step = 64
     parts = []
     for start in range(0, total, step):
