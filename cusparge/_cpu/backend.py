@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from cusparge._arrays.view import finite_max, from_float, to_float
 from cusparge._cpu import threads, tiles
 from cusparge._cpu.rounding import int8_round_trip
 from cusparge._cpu.source import Floats, KeySource, needs_float64, scan
-from cusparge._cpu.stage1 import HeadRule, Pooled, Reach, head_rule, pool, pool_keys, select
+from cusparge._cpu.stage1 import Pooled, Reach, head_rule, pool, pool_keys, select
 from cusparge._types import BLOCK_K, BLOCK_Q, BlockMap, Counts, Problem, num_blocks
 
 __all__ = ["CpuBackend"]
@@ -46,6 +45,20 @@ class _Group:
     v: HostArray
     source: KeySource | None = None
     pooled: Pooled | None = None
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A few query blocks of one query head, ready to be computed."""
+
+    group: _Group
+    source: KeySource
+    reach: Reach
+    head: int
+    blocks: npt.NDArray[np.intp]
+    rows: Floats  # cleared of non-finite elements
+    scaled: Floats  # (blocks, head_dim, 128), times sm_scale · log2(e), of int8 codes if quantized
+    bad_rows: npt.NDArray[np.intp]  # rows of the panel with a non-finite element
 
 
 @dataclass(frozen=True)
@@ -193,81 +206,68 @@ class _Run:
     def _panel(
         self, group: _Group, reach: Reach, head: int, blocks: npt.NDArray[np.intp]
     ) -> _PanelCounts:
-        source = group.source
-        assert source is not None
-        start, stop = int(blocks[0]) * BLOCK_Q, reach.rows(int(blocks[-1]))[1]
-        q_start = self.problem.spans[group.sequence][0]
-        queries = self._head(self.arrays[0], group.sequence, head, q_start + start, q_start + stop)
-        rows, bad_rows, _work = self._load_queries(queries, source)
-        rule = self.rules[head]
-        chosen, top, halves = self._choose(group, reach, head, blocks, rows, bad_rows)
-        reachable = int(reach.reachable(blocks).sum())
-        selected = chosen.sum(axis=1)
+        """Choose the key blocks of a panel, and compute its query blocks."""
+        panel = self._load(group, reach, head, blocks)
+        chosen, top, halves = self._choose(panel)
         sizes = np.minimum((blocks + 1) * BLOCK_Q, reach.seqlen_q) - blocks * BLOCK_Q
         skipped_rows = 0
         if self.mask_out is not None:
             mask = self.mask_out[group.sequence, head]
             mask[blocks[0] : blocks[-1] + 1, : chosen.shape[1]] = chosen
         else:
-            for i, block in enumerate(blocks):
-                first, last = (edge - start for edge in reach.rows(int(block)))
-                skipped_rows += int(sizes[i]) * self._block(
-                    group,
-                    reach,
-                    head,
-                    int(block),
-                    rows[first:last],
-                    bad_rows[first:last],
-                    np.flatnonzero(chosen[i]),
-                    int(top[i]),
-                    None if halves is None else halves[i],
-                    rule,
-                )
+            for i, size in enumerate(sizes.tolist()):
+                fine = None if halves is None else halves[i]
+                index = np.flatnonzero(chosen[i])
+                skipped_rows += size * self._block(panel, i, index, int(top[i]), fine)
+        selected = chosen.sum(axis=1)
         return _PanelCounts(
             group.sequence,
             head,
-            reachable,
+            int(reach.reachable(blocks).sum()),
             int(selected.sum()),
             int((selected * sizes).sum()),
             skipped_rows,
         )
 
-    def _load_queries(
-        self, queries: HostArray, source: KeySource
-    ) -> tuple[Floats, npt.NDArray[np.bool_], Any]:
-        """Return the rows in the precision they need, cleared, and which were not finite."""
+    def _load(self, group: _Group, reach: Reach, head: int, blocks: npt.NDArray[np.intp]) -> _Panel:
+        """Read a panel's queries in the precision they need."""
+        source, problem = group.source, self.problem
+        assert source is not None
+        start, stop = int(blocks[0]) * BLOCK_Q, reach.rows(int(blocks[-1]))[1]
+        q_start = problem.spans[group.sequence][0]
+        queries = self._head(self.arrays[0], group.sequence, head, q_start + start, q_start + stop)
         seen = scan(queries)
-        scale = abs(self.problem.sm_scale)
-        score = seen.largest * source.largest_k * self.problem.head_dim * scale
+        scale = abs(problem.sm_scale)
         wide = (
             source.wide
             or any(map(needs_float64, (seen.largest, scale, seen.largest * scale)))
-            or score > _LARGE_SCORE
+            or seen.largest * source.largest_k * problem.head_dim * scale > _LARGE_SCORE
         )
         work = np.float64 if wide else np.float32
         rows = np.ascontiguousarray(to_float(queries, work))
-        bad = np.zeros(len(rows), np.bool_)
-        bad[seen.bad_rows] = True
         if len(seen.bad_rows):
-            rows = np.where(np.isfinite(rows), rows, rows.dtype.type(0))
-        return rows, bad, work
+            rows = np.where(np.isfinite(rows), rows, work(0))
+        scaled = np.zeros((len(blocks), problem.head_dim, BLOCK_Q), work)
+        codes = rows
+        if self.quantized:
+            codes = rows.copy()
+            int8_round_trip(codes, axes=(1,))
+        factor = work(problem.sm_scale * _LOG2_E)
+        for i in range(len(blocks)):  # transposed once, for every step of the block
+            part = codes[i * BLOCK_Q : (i + 1) * BLOCK_Q]
+            np.multiply(part.T, factor, out=scaled[i, :, : len(part)])
+        return _Panel(group, source, reach, head, blocks, rows, scaled, seen.bad_rows)
 
     def _choose(
-        self,
-        group: _Group,
-        reach: Reach,
-        head: int,
-        blocks: npt.NDArray[np.intp],
-        rows: Floats,
-        bad_rows: npt.NDArray[np.bool_],
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp], Any]:
+        self, panel: _Panel
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp], npt.NDArray[np.bool_] | None]:
         """Return the chosen key blocks, the first to visit, and a caller's 64-row halves."""
-        assert group.source is not None
-        total = group.source.num_blocks
+        reach, blocks, head = panel.reach, panel.blocks, panel.head
+        total = panel.source.num_blocks
         no_top = np.full(len(blocks), -1, np.intp)
         allowed = np.arange(total) < reach.reachable(blocks)[:, None]
         if self.block_map is not None:
-            wanted, halves = _rows_of_map(self.block_map, group.sequence, head, blocks, total)
+            wanted, halves = _rows_of_map(self.block_map, panel.group.sequence, head, blocks, total)
             if halves is not None:  # a half block that lies in the future is not computed for it
                 seen = reach.reachable_by_halves(blocks)
                 halves &= np.arange(total)[:, None] < seen[:, None, :]
@@ -276,36 +276,33 @@ class _Run:
         rule = self.rules[head]
         if rule.kind == "dense":
             return allowed, no_top, None
-        assert group.pooled is not None
+        assert panel.group.pooled is not None
+        queries = _pool_queries(panel.rows, panel.bad_rows)
         chosen, top = select(
-            rule, _pool_queries(rows, bad_rows), group.pooled, blocks, reach, self.problem.sm_scale
+            rule, queries, panel.group.pooled, blocks, reach, self.problem.sm_scale
         )
         return chosen, top, None
 
     def _block(
         self,
-        group: _Group,
-        reach: Reach,
-        head: int,
-        block: int,
-        queries: Floats,
-        bad_rows: npt.NDArray[np.bool_],
+        panel: _Panel,
+        number: int,
         chosen: npt.NDArray[np.intp],
         top: int,
         halves: npt.NDArray[np.bool_] | None,
-        rule: HeadRule,
     ) -> int:
         """Compute one query block and write its rows; return the tiles that stage 2 skipped."""
-        source, problem = group.source, self.problem
-        assert source is not None
-        work = queries.dtype.type
-        first = block * BLOCK_Q
-        limits = None if reach.offset is None else np.arange(len(queries)) + first + reach.offset
-        scaled = self._scaled_queries(queries)
-        rows = tiles.RowBlock(scaled, limits, reach.unmasked(block), halves)
+        source, reach, rule = panel.source, panel.reach, self.rules[panel.head]
+        block = int(panel.blocks[number])
+        first, last = reach.rows(block)
+        start = int(panel.blocks[0]) * BLOCK_Q
+        mine = slice(first - start, last - start)
         if not len(chosen):
-            self._write(group.sequence, head, first, np.zeros_like(queries), None)
+            self._write(panel, first, np.zeros_like(panel.rows[mine]), None)
             return 0
+        limits = None if reach.offset is None else np.arange(first, last) + reach.offset
+        queries = panel.scaled[number, :, : last - first]
+        rows = tiles.RowBlock(queries, limits, reach.unmasked(block), halves)
         if self.quantized or rule.pv_log2 is not None:
             order = chosen
             if rule.pv_log2 is not None and top >= 0:
@@ -315,43 +312,37 @@ class _Run:
             )
         else:
             result = tiles.attend(source, chosen, rows)
-        total, values = result.total, result.weighted
+        lse = None if self.lse is None else self._log_sum(panel, mine, result)
+        values, total = result.weighted, result.total
         empty = total == 0
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            values /= np.where(empty, work(1), total)[:, None]
-            lse = None
-            if self.lse is not None:
-                lse = (result.shift + np.log2(total)) * work(math.log(2.0))
-                if self.quantized:  # K was shifted by its mean
-                    lse += (queries @ source.mean.astype(work)) * work(problem.sm_scale)
-        nan_rows = bad_rows | _rows_that_see(source.bad_keys, chosen, rows)
-        if nan_rows.any():
-            values[nan_rows & ~empty] = np.nan
-        if lse is not None:
-            lse[nan_rows] = np.nan
-            lse[empty] = -np.inf
+        values /= np.where(empty, total.dtype.type(1), total)[:, None]
+        if len(panel.bad_rows) or len(source.bad_keys):
+            bad = np.isin(np.arange(first, last) - start, panel.bad_rows)
+            bad |= _rows_that_see(source.bad_keys, chosen, rows)
+            bad &= ~empty
+            values[bad] = np.nan
+            if lse is not None:
+                lse[bad] = np.nan
         if self.quantized:  # codes round up: the largest V may come out beyond the dtype's range
-            limit = min(finite_max(problem.dtype), float(np.finfo(work).max))
+            limit = min(finite_max(self.problem.dtype), float(np.finfo(values.dtype).max))
             np.clip(values, -limit, limit, out=values)
-        self._write(group.sequence, head, first, values, lse)
+        self._write(panel, first, values, lse)
         return result.skipped
 
-    def _scaled_queries(self, queries: Floats) -> Floats:
-        """Return (head_dim, rows) times sm_scale · log2(e), rounded to int8 codes if quantized."""
-        work = queries.dtype.type
-        if self.quantized:
-            queries = queries.copy()
-            int8_round_trip(queries, axes=(1,))
-        scaled = np.empty(queries.shape[::-1], work)
-        np.multiply(queries.T, work(self.problem.sm_scale * _LOG2_E), out=scaled)
-        return scaled
+    def _log_sum(self, panel: _Panel, mine: slice, result: tiles.Result) -> Floats:
+        """Return the natural log of the sums of exp(score), -inf where no key was computed."""
+        work = result.total.dtype.type
+        with np.errstate(divide="ignore"):
+            lse: Floats = (result.shift + np.log2(result.total)) * work(math.log(2.0))
+        if self.quantized:  # scores were those of K less its mean
+            mean = panel.source.mean.astype(work)
+            lse += (panel.rows[mine] @ mean) * work(self.problem.sm_scale)
+        return lse
 
-    def _write(
-        self, sequence: int, head: int, first: int, values: Floats, lse: Floats | None
-    ) -> None:
+    def _write(self, panel: _Panel, first: int, values: Floats, lse: Floats | None) -> None:
         assert self.out is not None
-        q_start = self.problem.spans[sequence][0]
-        start = q_start + first
+        sequence, head = panel.group.sequence, panel.head
+        start = self.problem.spans[sequence][0] + first
         from_float(values, self._head(self.out, sequence, head, start, start + len(values)))
         rows = self._lse_of(sequence, head)
         if rows is not None:
@@ -374,17 +365,18 @@ def _waves(groups: list[_Group], budget: int) -> list[list[_Group]]:
     return waves
 
 
-def _pool_queries(rows: Floats, bad_rows: npt.NDArray[np.bool_]) -> Pooled:
+def _pool_queries(rows: Floats, bad_rows: npt.NDArray[np.intp]) -> Pooled:
     """Pool the rows of a panel into blocks of 128."""
     count = num_blocks(len(rows), BLOCK_Q)
     tokens = np.full(count, BLOCK_Q, np.intp)
     tokens[-1] = len(rows) - (count - 1) * BLOCK_Q
-    blocks = np.zeros((count * BLOCK_Q, rows.shape[1]), rows.dtype)
-    blocks[: len(rows)] = rows
-    bad = np.zeros(count * BLOCK_Q, np.bool_)
-    bad[: len(rows)] = bad_rows
-    bad_blocks = np.asarray(bad.reshape(count, BLOCK_Q).any(axis=1))
-    return pool(blocks.reshape(count, BLOCK_Q, -1), tokens, bad_blocks, 0.0)
+    blocks = rows
+    if len(rows) < count * BLOCK_Q:
+        blocks = np.zeros((count * BLOCK_Q, rows.shape[1]), rows.dtype)
+        blocks[: len(rows)] = rows
+    bad = np.zeros(count, np.bool_)
+    bad[bad_rows // BLOCK_Q] = True
+    return pool(blocks.reshape(count, BLOCK_Q, -1), tokens, bad, 0.0)
 
 
 def _rows_of_map(

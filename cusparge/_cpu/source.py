@@ -171,10 +171,10 @@ class KeySource:
         return self._load(1, index, scratch)
 
     def first_keys(self, index: npt.NDArray[np.intp], work: Any) -> Floats:
-        """Return the first key of each block, (len(index), head_dim)."""
+        """Return the first key of each block, (len(index), head_dim); blocks must be full ones."""
         blocks = self._blocks[0]
         if blocks is not None and work == np.float32:
-            rows: Floats = blocks[np.minimum(index, len(blocks) - 1), 0]
+            rows: Floats = blocks[index, 0]
             return rows
         return self._convert(0, index, work, first=True)[:, 0]
 

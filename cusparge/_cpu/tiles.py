@@ -94,7 +94,9 @@ def _steps(chosen: Index) -> list[Index]:
 
 def _shift(source: KeySource, chosen: Index, rows: RowBlock) -> Floats | None:
     """Return per row a score that it reaches, or None where no block is seen by all rows."""
-    whole = chosen[(chosen < rows.unmasked) & (chosen != _tail(source))]
+    whole = chosen
+    if whole[-1] >= rows.unmasked or whole[-1] == _tail(source):
+        whole = chosen[(chosen < rows.unmasked) & (chosen != _tail(source))]
     if rows.halves is not None:
         whole = whole[rows.halves[whole].all(axis=1)]
     if not len(whole):
