@@ -8,6 +8,7 @@ import numpy as np
 
 from cusparge import _check
 from cusparge._arrays import Adapter, HostArray, adapter_for
+from cusparge._arrays.eager import not_traced
 from cusparge._backend import Backend, backend_for
 from cusparge._types import (
     BLOCK_K,
@@ -26,6 +27,7 @@ __all__ = ["attention", "attention_varlen", "predict_block_map"]
 BackendName = Literal["auto", "cuda", "cpu", "reference"]
 
 
+@not_traced
 def attention(
     q: Any,
     k: Any,
@@ -140,6 +142,7 @@ def attention(
     )
 
 
+@not_traced
 def attention_varlen(
     q: Any,
     k: Any,
@@ -261,6 +264,7 @@ def _compute(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@not_traced
 def predict_block_map(
     q: Any,
     k: Any,

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from cusparge.errors import InvalidArgumentError
 
 __all__ = ["Dense", "PerHead", "Policy", "TopCdf", "TopK"]
@@ -110,7 +112,9 @@ class _Common:
         for name in ("sink_blocks", "local_blocks"):
             self._set(name, _count(name, getattr(self, name)))
         quantize = self.quantize
-        if quantize is not None and not isinstance(quantize, bool):
+        if isinstance(quantize, np.bool_):
+            self._set("quantize", bool(quantize))
+        elif quantize is not None and not isinstance(quantize, bool):
             raise InvalidArgumentError(
                 f"quantize must be True, False or None: got {quantize!r}. None picks what the "
                 "device is fast at."

@@ -22,7 +22,8 @@ def test_readme_shows_the_committed_result(bench):
     text = bench.README.read_text(encoding="utf-8")
     shown = text.split(bench.BEGIN)[1].split(bench.END)[0].strip()
     assert shown == bench.table(result).strip()
-    assert result["commit"] and "+changes" not in result["commit"]
+    assert result["commit"]
+    assert "+changes" not in result["commit"]
 
 
 def test_one_size_is_measured_in_pairs(bench):
