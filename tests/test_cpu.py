@@ -249,6 +249,12 @@ def test_scales(seed, scale, policy):
     assert_same_counts(got[2], want[2])
 
 
+@pytest.mark.parametrize("policy", [TopCdf(0.6, 0.1), TopK(0.5, pv_threshold=1.0)])
+def test_more_query_blocks_than_one_panel_takes(seed, policy):
+    options = {"causal": True, "causal_align": "top_left"}
+    check_against_oracle(Case(seed, 1, 1, 1, 64 * 128 + 17, 300, 8, options=options), policy)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_every_dtype(seed, dtype):
     torch = pytest.importorskip("torch")

@@ -279,6 +279,15 @@ def test_tokens_that_share_memory_are_those_apart(rng, step, policy):
     assert_same_rows(both(x, x, x, policy=policy, causal=True), want, slice(None), "shared")
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memory_for_converted_keys_does_not_show_in_the_bits(monkeypatch, seed, dtype, policy):
+    arrays = [x.astype(dtype) for x in tokens(seed, 3, 4, 2, 300, 1100, 40)]
+    want = both(*arrays, policy=policy, causal=True)
+    monkeypatch.setattr("cusparge._cpu.backend._KEEP_BYTES", 1)  # converted at each use
+    assert_same_rows(both(*arrays, policy=policy, causal=True), want, slice(None), "no memory")
+
+
 @pytest.mark.parametrize("threads", ["1", "2", "3"])
 def test_neither_repetition_nor_threads_show_in_the_bits(monkeypatch, seed, threads):
     arrays = tokens(seed, 2, 4, 2, 515, 515, 40)

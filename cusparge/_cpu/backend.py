@@ -125,6 +125,10 @@ class _Run:
         self.mask_out = mask_out
         self.quantized = problem.policy.quantize is True and out is not None
         self.rules = [head_rule(problem.policy, head) for head in range(problem.num_heads_q)]
+        # By the problem alone: a panel's arithmetic must not depend on the number of threads. Large
+        # panels spend less on choosing blocks; eight of them or more keep threads busy.
+        every = sum(num_blocks(stop - start, BLOCK_Q) for start, stop, _, _ in problem.spans)
+        self.panel_blocks = min(max(every * problem.num_heads_q // 8, 4), 32)
         self.counts = Counts.zeros(problem.batch, problem.num_heads_q)
 
     # -- views of one sequence ---------------------------------------------------------------
@@ -192,8 +196,7 @@ class _Run:
         """Return the work items of one group, those with most keys (under causality) first."""
         reach = self._reach(group.sequence)
         total = num_blocks(reach.seqlen_q, BLOCK_Q)
-        # The size depends on the lengths alone: a panel's arithmetic must not depend on threads.
-        size = 16 if total >= 64 else 4
+        size = self.panel_blocks
         starts = range(0, total, size)
         return [
             partial(self._panel, group, reach, head, np.arange(start, min(start + size, total)))
