@@ -79,9 +79,10 @@ class ReferenceBackend:
                 q64, k64, v64, block_map=block_map, seqlens_k=lengths, **options
             )
         limit = finite_max(problem.dtype)
-        from_float(np.clip(values, -limit, limit), out)
-        if lse is not None:
-            lse[...] = sums
+        with np.errstate(over="ignore", under="ignore"):
+            from_float(np.clip(values, -limit, limit), out)
+            if lse is not None:
+                lse[...] = sums
         return Counts(stats.reachable, stats.selected, stats.selected_rows, stats.skipped_rows)
 
     def predict(

@@ -58,13 +58,11 @@ def to_float(array: HostArray, dtype: Any = np.float32) -> npt.NDArray[Any]:
 
 
 def from_float(values: npt.NDArray[Any], out: HostArray) -> None:
-    """Round `values` to nearest, ties to even, into `out`."""
+    """Round `values` to nearest, ties to even, into `out`; overflow may be reported."""
     if out.dtype != "bfloat16":
-        with np.errstate(over="ignore", under="ignore"):
-            out.data[...] = values
+        out.data[...] = values
         return
-    with np.errstate(over="ignore", under="ignore"):
-        single = np.array(values, dtype=np.float32, order="C")
+    single = np.array(values, dtype=np.float32, order="C")
     bits = single.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> 16
     # The carry above can turn a NaN into an infinity: keep NaN apart.

@@ -218,10 +218,11 @@ class _Run:
             mask = self.mask_out[group.sequence, head]
             mask[blocks[0] : blocks[-1] + 1, : chosen.shape[1]] = chosen
         else:
-            for i, size in enumerate(sizes.tolist()):
-                fine = None if halves is None else halves[i]
-                index = np.flatnonzero(chosen[i])
-                skipped_rows += size * self._block(panel, i, index, int(top[i]), fine)
+            with np.errstate(all="ignore"):  # masked scores are -inf, and weights may vanish
+                for i, size in enumerate(sizes.tolist()):
+                    fine = None if halves is None else halves[i]
+                    index = chosen[i].nonzero()[0]
+                    skipped_rows += size * self._block(panel, i, index, int(top[i]), fine)
         selected = chosen.sum(axis=1)
         return _PanelCounts(
             group.sequence,
@@ -335,8 +336,7 @@ class _Run:
     def _log_sum(self, panel: _Panel, mine: slice, result: tiles.Result) -> Floats:
         """Return the natural log of the sums of exp(score), -inf where no key was computed."""
         work = result.total.dtype.type
-        with np.errstate(divide="ignore"):
-            lse: Floats = (result.shift + np.log2(result.total)) * work(math.log(2.0))
+        lse: Floats = (result.shift + np.log2(result.total)) * work(math.log(2.0))
         if self.quantized:  # scores were those of K less its mean
             mean = panel.source.mean.astype(work)
             lse += (panel.rows[mine] @ mean) * work(self.problem.sm_scale)
@@ -349,8 +349,7 @@ class _Run:
         from_float(values, self._head(self.out, sequence, head, start, start + len(values)))
         rows = self._lse_of(sequence, head)
         if rows is not None:
-            with np.errstate(over="ignore"):
-                rows[first : first + len(values)] = -np.inf if lse is None else lse
+            rows[first : first + len(values)] = -np.inf if lse is None else lse
 
 
 def _waves(groups: list[_Group], budget: int) -> list[list[_Group]]:

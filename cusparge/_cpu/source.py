@@ -202,8 +202,8 @@ class KeySource:
             count, BLOCK_K, self.head_dim
         )
         if blocks.flags.c_contiguous:
-            np.take(blocks, index, axis=0, out=out, mode="clip")
-        else:  # np.take would copy all of a strided array first
+            blocks.take(index, axis=0, out=out, mode="clip")
+        else:  # take would copy all of a strided array first
             out[...] = blocks[np.minimum(index, len(blocks) - 1)]
         if has_tail:
             out[index == len(blocks)] = self._tails[which]

@@ -87,6 +87,8 @@ def _hide(scores: Floats, chosen: Index, rows: RowBlock, tokens: int) -> None:
 
 def _steps(chosen: Index) -> list[Index]:
     """Cut a list of blocks into even steps."""
+    if len(chosen) <= _STEP_BLOCKS:
+        return [chosen]
     count = -(-len(chosen) // _STEP_BLOCKS)
     edges = [len(chosen) * i // count for i in range(count + 1)]
     return [chosen[start:stop] for start, stop in itertools.pairwise(edges)]
@@ -115,23 +117,22 @@ def attend(source: KeySource, chosen: Index, rows: RowBlock) -> Result:
     weighted = np.empty((num_rows, head_dim), work)
     total = np.zeros(num_rows, work)
     more = scratch.get("more", weighted.shape, work)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for number, step in enumerate(_steps(chosen)):
-            size = len(step) * BLOCK_K
-            buffer = scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
-            keys = source.keys(step, buffer).reshape(size, head_dim)
-            scores = scratch.get("scores", (size, num_rows), work)
-            np.matmul(keys, rows.queries, out=scores)
-            scores -= shift
-            if step[-1] >= rows.unmasked or rows.halves is not None or step[-1] == _tail(source):
-                _hide(scores.reshape(len(step), BLOCK_K, num_rows), step, rows, source.tokens)
-            _exp2(scores)
-            total += _ones(size, work) @ scores
-            buffer = scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
-            values = source.values(step, buffer).reshape(size, head_dim)
-            np.matmul(scores.T, values, out=more if number else weighted)
-            if number:
-                weighted += more
+    for number, step in enumerate(_steps(chosen)):
+        size = len(step) * BLOCK_K
+        buffer = scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+        keys = source.keys(step, buffer).reshape(size, head_dim)
+        scores = scratch.get("scores", (size, num_rows), work)
+        np.matmul(keys, rows.queries, out=scores)
+        scores -= shift
+        if step[-1] >= rows.unmasked or rows.halves is not None or step[-1] == _tail(source):
+            _hide(scores.reshape(len(step), BLOCK_K, num_rows), step, rows, source.tokens)
+        _exp2(scores)
+        total += _ones(size, work) @ scores
+        buffer = scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+        values = source.values(step, buffer).reshape(size, head_dim)
+        np.matmul(scores.T, values, out=more if number else weighted)
+        if number:
+            weighted += more
     far = ~(total < _LARGEST_SUM)  # NaN as well
     if far.any():  # row by row: what one row holds must not show in the bits of another
         exact = attend_online(source, chosen, rows, pv_log2=None, quantized=False)
@@ -156,44 +157,43 @@ def attend_online(
     running = np.full(num_rows, -np.inf, work)
     skipped = 0
     bad_tiles = np.unique(source.bad_keys // BLOCK_K)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for step in _steps(order) if len(order) else []:
-            size = len(step) * BLOCK_K
-            buffer = scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
-            keys = source.keys(step, buffer).reshape(size, head_dim)
-            flat = scratch.get("scores", (size, num_rows), work)
-            np.matmul(keys, rows.queries, out=flat)
-            scores = flat.reshape(len(step), BLOCK_K, num_rows)
-            _hide(scores, step, rows, source.tokens)
-            highest = scores.max(axis=1)
-            maxima = np.maximum.accumulate(np.concatenate([running[None], highest]), axis=0)
-            kept = np.ones(len(step), np.bool_)
-            if pv_log2 is not None:
-                gain = highest - maxima[:-1]
-                gain[np.isnan(gain)] = -np.inf  # -inf minus -inf: the row sees nothing yet
-                kept = gain.max(axis=1) + pv_log2 > 0
-                kept |= np.isin(step, bad_tiles)
-                skipped += len(step) - int(kept.sum())
-                if not kept.any():
-                    continue
-            latest = np.where(np.isneginf(maxima[-1]), 0, maxima[-1]).astype(work)
-            before = np.exp2(running - latest)
-            buffer = scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
-            values = source.values(step, buffer)
-            if not kept.all():
-                scores, values = scores[kept], values[kept]
-            if quantized:
-                weights = _quantized_weights(scores, maxima[1:][kept], latest)
-            else:
-                scores -= latest
-                _exp2(scores)
-                weights = scores
-            weights = weights.reshape(-1, num_rows)
-            total *= before
-            total += _ones(len(weights), work) @ weights
-            weighted *= before[:, None]
-            weighted += weights.T @ values.reshape(len(weights), head_dim)
-            running = maxima[-1]
+    for step in _steps(order) if len(order) else []:
+        size = len(step) * BLOCK_K
+        buffer = scratch.get("keys", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+        keys = source.keys(step, buffer).reshape(size, head_dim)
+        flat = scratch.get("scores", (size, num_rows), work)
+        np.matmul(keys, rows.queries, out=flat)
+        scores = flat.reshape(len(step), BLOCK_K, num_rows)
+        _hide(scores, step, rows, source.tokens)
+        highest = scores.max(axis=1)
+        maxima = np.maximum.accumulate(np.concatenate([running[None], highest]), axis=0)
+        kept = np.ones(len(step), np.bool_)
+        if pv_log2 is not None:
+            gain = highest - maxima[:-1]
+            gain[np.isnan(gain)] = -np.inf  # -inf minus -inf: the row sees nothing yet
+            kept = gain.max(axis=1) + pv_log2 > 0
+            kept |= np.isin(step, bad_tiles)
+            skipped += len(step) - int(kept.sum())
+            if not kept.any():
+                continue
+        latest = np.where(np.isneginf(maxima[-1]), 0, maxima[-1]).astype(work)
+        before = np.exp2(running - latest)
+        buffer = scratch.get("values", (_STEP_BLOCKS * BLOCK_K * head_dim,), work)
+        values = source.values(step, buffer)
+        if not kept.all():
+            scores, values = scores[kept], values[kept]
+        if quantized:
+            weights = _quantized_weights(scores, maxima[1:][kept], latest)
+        else:
+            scores -= latest
+            _exp2(scores)
+            weights = scores
+        weights = weights.reshape(-1, num_rows)
+        total *= before
+        total += _ones(len(weights), work) @ weights
+        weighted *= before[:, None]
+        weighted += weights.T @ values.reshape(len(weights), head_dim)
+        running = maxima[-1]
     shift = np.where(np.isneginf(running), 0, running)
     if quantized:
         shift = shift - P_OFFSET
