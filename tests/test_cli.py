@@ -329,3 +329,11 @@ def test_pictures_without_matplotlib(capsys, tmp_path, monkeypatch, words):
     message = refused(capsys, *words, tmp_path / "out.file")
     assert 'pip install "cusparge[plot]"' in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_run_says_that_a_name_is_no_file(name, capsys):
+    assert main(["run", name, "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["exit_status"] == 1
+    assert record["error"]

@@ -1,4 +1,4 @@
-"""What is refused, by which class, and in which words: api.md's section on errors, row by row.
+"""What is refused, by which class, and in which words, argument by argument.
 
 Every message is held to its four parts by key words: what was wrong, what was received, what is
 allowed and how to mend it. No refusal may come after work has begun, so the CPU backend is wired

@@ -1,6 +1,6 @@
 """NaN and infinities stay where they belong, and nothing at all gives nothing.
 
-An element that is not finite may reach the rows that see it, and no other (algorithm.md, 3.13).
+An element that is not finite may reach the rows that see it, and no other.
 "No other" is tested by bits: with every block computed the rest of the result must be that of the
 same call with 0 in its place, and other batches, heads and sequences never change at all.
 """

@@ -43,6 +43,9 @@ _HOSTS = ("py" + "pi.org", "python" + "hosted.org", "download.py" + "torch.org",
 FORBIDDEN = {
     "a marker for unfinished work": re.compile(rf"\b({'|'.join(_MARKERS)})\b", re.IGNORECASE),
     "a path of one machine": re.compile(rf"(?<![\w.$}}*~/-])/({'|'.join(_FOLDERS)})/"),
+    "a document that is not in the repository": re.compile(
+        r"\b(api|algorithm|house|emulation)[.]md\b"
+    ),
     "a registry's host name": re.compile("|".join(map(re.escape, _HOSTS)), re.IGNORECASE),
 }
 

@@ -192,6 +192,11 @@ def check_output(path: str | os.PathLike[str], *, inputs: Sequence[str | os.Path
     target = Path(os.path.realpath(given))  # a link is written through, not replaced
     if not target.parent.is_dir():
         raise InvalidArgumentError(f"{given}: the folder to write to does not exist.")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InvalidArgumentError(
+            f"{given}: the folder {target.parent} cannot be written to. Choose another place, for "
+            "`run` with -o."
+        )
     if target.exists():
         if not target.is_file():
             raise InvalidArgumentError(f"{given}: exists and is not an ordinary file.")

@@ -207,7 +207,7 @@ def cores() -> int:
 def threads_in_use() -> int:
     """Return how many threads cusparge uses on the CPU, as ``CUSPARGE_NUM_THREADS`` has it."""
     wanted = os.environ.get("CUSPARGE_NUM_THREADS", "").strip()
-    return int(wanted) if wanted.isdecimal() else cores()
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cores()
 
 
 def machine() -> dict[str, Any]:

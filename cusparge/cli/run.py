@@ -11,6 +11,7 @@ import numpy as np
 
 import cusparge
 from cusparge.cli import files
+from cusparge.cli.by_head import attention_by_head
 from cusparge.cli.measure import machine
 from cusparge.cli.options import (
     add_call_options,
@@ -21,6 +22,7 @@ from cusparge.cli.options import (
     usage_of,
 )
 from cusparge.cli.ui import Ui, UsageError, table
+from cusparge.errors import InvalidArgumentError
 
 __all__ = ["add_parser"]
 
@@ -35,6 +37,7 @@ examples:
   cusparge run layer.npz --cdf 0.95 --sim -1    skip more
   cusparge run layer.safetensors --keep 0.25 --causal --lse -o result.npz
   cusparge run layer.npz --cdf 0.95,0.9,0.98    one threshold for each of three heads
+  cusparge run layer.npz --sim=-1,0.3,-1        a list that starts with a minus sign needs the =
 """
 
 
@@ -132,6 +135,8 @@ def policy_of(args: argparse.Namespace) -> cusparge.Policy:
 
 def _output_of(args: argparse.Namespace) -> Path:
     source = Path(args.file)
+    if not source.name and args.output is None:
+        raise InvalidArgumentError(f"{args.file!r} is not the name of a file.")
     given = source.with_suffix(f".out{source.suffix}") if args.output is None else args.output
     if Path(given).suffix.lower() not in files.SUFFIXES and args.output is not None:
         raise UsageError(
@@ -147,18 +152,9 @@ def execute(args: argparse.Namespace, ui: Ui) -> int:
     inputs = files.read_inputs(args.file)
     target = files.check_output(output, inputs=[args.file])
     start = time.perf_counter()
-    results = cusparge.attention(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        policy=policy,
-        backend=args.backend,
-        return_lse=True,
-        return_stats=True,
-        **call_options(args),
-    )
+    result = attention_by_head(inputs, policy, ui, {"backend": args.backend, **call_options(args)})
     seconds = time.perf_counter() - start
-    out, lse, stats = results
+    out, lse = result.out, result.lse
     bfloat16 = inputs.dtypes["q"] == "bfloat16"
     as_npz = target.suffix.lower() == ".npz"
     dtype = str(out.dtype)
@@ -183,10 +179,10 @@ def execute(args: argparse.Namespace, ui: Ui) -> int:
         **call_options(args),
         "backend": args.backend,
         "seconds": seconds,
-        "sparsity": stats.sparsity,
-        "qk_sparsity": stats.qk_sparsity,
-        "pv_sparsity": stats.pv_sparsity,
-        "sparsity_per_head": stats.sparsity_per_head,
+        "sparsity": result.sparsity,
+        "qk_sparsity": result.qk_sparsity,
+        "pv_sparsity": result.pv_sparsity,
+        "sparsity_per_head": result.sparsity_per_head,
         "rows_not_finite": bad_rows,
         "machine": machine(),
     }
@@ -196,15 +192,23 @@ def execute(args: argparse.Namespace, ui: Ui) -> int:
         ui.show(f"{name}    {shape} {inputs.dtypes[name]}")
     ui.show(f"out  {'x'.join(map(str, out.shape))} {dtype}, written to {output}")
     ui.show(f"policy    {describe_policy(policy)}")
-    ui.show(f"time      {seconds * 1e3:.1f} ms, one call")
-    ui.show(f"sparsity  {stats.sparsity:.3f} (share of the block products not computed)")
+    ui.show(f"time      {seconds * 1e3:.1f} ms, head after head")
+    ui.show(f"sparsity  {result.sparsity:.3f} (share of the block products not computed)")
     rows = [
         (str(sequence), str(head), f"{value:.3f}")
-        for sequence, heads in enumerate(stats.sparsity_per_head)
+        for sequence, heads in enumerate(result.sparsity_per_head)
         for head, value in enumerate(heads)
     ]
     if len(rows) <= 64:
         ui.show("", table("sparsity of each head", ("sequence", "head", "sparsity"), rows, words=0))
     if bad_rows:
-        ui.note(f"{bad_rows} rows of out hold NaN or infinity, as the inputs do.")
+        names = [name for name in "qkv" if not np.isfinite(getattr(inputs, name)).all()]
+        why = (
+            f"{' and '.join(names)} of the file hold such values"
+            if names
+            else (
+                "the inputs are finite, but scores overflow: see --sm-scale and the size of q and k"
+            )
+        )
+        ui.note(f"{bad_rows} rows of out hold NaN or infinity: {why}.")
     return 0
