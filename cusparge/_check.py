@@ -16,7 +16,7 @@ import numpy as np
 from cusparge._arrays import HostArray, adapter_of
 from cusparge._arrays.view import FLOAT_DTYPES, to_float
 from cusparge._types import BlockMap, Problem, whole_number
-from cusparge.errors import InvalidArgumentError, UnsupportedError
+from cusparge.errors import InvalidArgumentError, UnsupportedError, shown
 from cusparge.policy import Dense, Policy, TopCdf, TopK
 
 __all__ = [
@@ -29,20 +29,26 @@ __all__ = [
 
 _THRESHOLDS = ("cdf_threshold", "sim_threshold", "keep", "pv_threshold")
 MAX_HEAD_DIM = 256
+_MOST_SEQUENCES = 2**24  # more would only fill the memory before its length is found wrong
 
 
 def check_flag(name: str, value: Any) -> bool:
     """Return a bool, or say that it is none."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    raise InvalidArgumentError(f"{name} must be True or False: got {value!r}.")
+    raise InvalidArgumentError(
+        f"{name} must be True or False: got {shown(value)}. Pass a bool, for instance "
+        f"`bool({name})`."
+    )
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     words = " and ".join(f'"{word}"' for word in allowed)
-    raise InvalidArgumentError(f"{name} is unknown: got {value!r}; allowed {words}.")
+    raise InvalidArgumentError(
+        f"{name} is unknown: got {shown(value)}; allowed {words}. Pass one of these."
+    )
 
 
 def _check_dtypes(views: dict[str, HostArray]) -> str:
@@ -79,7 +85,7 @@ def _check_rank(views: dict[str, HostArray], rank: int, meaning: str) -> None:
         if len(view.shape) != rank:
             raise InvalidArgumentError(
                 f"{name} has {len(view.shape)} dimensions: got shape {view.shape}; allowed {rank}, "
-                f"{meaning}."
+                f"{meaning}. Reshape it, or add the missing ones as `{name}[None]`."
             )
 
 
@@ -117,7 +123,7 @@ def _check_policy(policy: Any, num_heads_q: int) -> Policy:
         return TopCdf()
     if not isinstance(policy, (TopCdf, TopK, Dense)):
         raise InvalidArgumentError(
-            f"policy must be a TopCdf, TopK or Dense, or None for TopCdf(): got {policy!r}."
+            f"policy must be a TopCdf, TopK or Dense, or None for TopCdf(): got {shown(policy)}."
         )
     for name in _THRESHOLDS:
         value = getattr(policy, name, None)
@@ -141,7 +147,8 @@ def _check_scale(sm_scale: Any, head_dim: int) -> float:
         scale = math.nan
     if not math.isfinite(scale):
         raise InvalidArgumentError(
-            f"sm_scale must be one finite number: got {sm_scale!r}. None means 1 / sqrt(head_dim)."
+            f"sm_scale must be one finite number: got {shown(sm_scale)}. None means 1 / "
+            "sqrt(head_dim)."
         )
     return scale
 
@@ -149,12 +156,18 @@ def _check_scale(sm_scale: Any, head_dim: int) -> float:
 def _integers(values: Any, name: str, device_kind: str) -> list[int]:
     """Read whole numbers from a list or from a host array of any framework."""
     data: Any
-    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray)):
+        if len(values) > _MOST_SEQUENCES:
+            raise InvalidArgumentError(
+                f"{name} is too long: got {len(values)} values; allowed up to {_MOST_SEQUENCES}. "
+                "Pass one for each sequence."
+            )
         data = values
     else:
         if not isinstance(values, np.ndarray) and not hasattr(values, "__dlpack__"):
             raise InvalidArgumentError(
-                f"{name} must be a sequence or an array of whole numbers: got {values!r} of type "
+                f"{name} must be a sequence or an array of whole numbers: got {shown(values)} "
+                "of type "
                 f"{type(values).__name__}."
             )
         adapter = adapter_of(values, name)
@@ -167,17 +180,27 @@ def _integers(values: Any, name: str, device_kind: str) -> list[int]:
             )
         view = adapter.view(values, name)
         if view.data.dtype.kind not in "iu" or view.dtype in ("bfloat16", "bool"):
-            raise InvalidArgumentError(f"{name} must hold whole numbers: got dtype {view.dtype}.")
+            raise InvalidArgumentError(
+                f"{name} must hold whole numbers: got dtype {view.dtype}; allowed are integer "
+                "dtypes. "
+                "Convert it to int32."
+            )
         if view.data.ndim != 1:
             raise InvalidArgumentError(
-                f"{name} must have one dimension: got shape {view.data.shape}."
+                f"{name} must have one dimension: got shape {view.data.shape}; allowed is one "
+                "value a "
+                "sequence. Flatten it."
             )
         data = view.data.tolist()
     result = []
     for i, item in enumerate(data):
         number = whole_number(item)
         if number is None:
-            raise InvalidArgumentError(f"{name}[{i}] is no whole number: got {item!r}.")
+            raise InvalidArgumentError(
+                f"{name}[{i}] is no whole number: got {shown(item)}; allowed are integers of 64 bits, 0 "
+                "or more. "
+                "Convert it with int()."
+            )
         result.append(number)
     return result
 
@@ -205,7 +228,8 @@ def check_arrays(
     if len({shape[0] for shape in shapes.values()}) > 1:
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise InvalidArgumentError(
-            f"{', '.join(views)} have different batch sizes: got {listing}, {meaning}."
+            f"{', '.join(views)} have different batch sizes: got {listing}, {meaning}; allowed is "
+            "one size for all. Expand the smaller ones, which copies nothing."
         )
     _check_heads(shapes, 1 if layout == "HND" else 2, meaning)
     _check_strides(views)
@@ -290,7 +314,8 @@ def check_packed_arrays(
         number = whole_number(given)
         if number is None or number < longest:
             raise InvalidArgumentError(
-                f"{name} must be at least the longest sequence, {longest}: got {given!r}. None "
+                f"{name} must be at least the longest sequence, {longest}: got "
+                f"{shown(given)}. None "
                 "takes it from the lengths."
             )
     bottom_right = causal_align == "bottom_right"
@@ -320,7 +345,8 @@ def _check_edges(name: str, values: Any, total: int, device_kind: str) -> list[i
     if not edges or edges[0] != 0 or edges[-1] != total:
         got = f"{edges[0]} to {edges[-1]}" if edges else "no values"
         raise InvalidArgumentError(
-            f"{name} must rise from 0 to the number of tokens, {total}: got {got}."
+            f"{name} must rise from 0 to the number of tokens, {total}: got {got}. Pass where each "
+            "sequence starts, and the total at the end."
         )
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
         if high < low:
@@ -345,13 +371,13 @@ def check_block_map(block_map: Any, problem: Problem) -> BlockMap | None:
         if getattr(block_map, name) != getattr(problem, name):
             raise InvalidArgumentError(
                 f"block_map was made for another {name}: got {getattr(block_map, name)}, and the "
-                f"arrays have {getattr(problem, name)}."
+                f"arrays have {getattr(problem, name)}. Make a map for the arrays' lengths."
             )
     batch, heads = tuple(block_map.mask.shape[:2])
     if batch not in (1, problem.batch) or heads not in (1, problem.num_heads_q):
         raise InvalidArgumentError(
             f"block_map is for batch {batch} and {heads} heads: allowed 1 or {problem.batch}, and "
-            f"1 or {problem.num_heads_q}."
+            f"1 or {problem.num_heads_q}. Make a map for this call, or index its mask."
         )
     return block_map
 
@@ -365,7 +391,7 @@ def check_numerics(views: dict[str, HostArray], problem: Problem) -> None:
             else:
                 part = view.data[index][:, start:stop]
             for head in part:  # head by head, so that bfloat16 needs no large copy
-                bad = np.argwhere(~np.isfinite(to_float(view.with_data(head))))
+                bad = np.argwhere(~np.isfinite(_exact(view.with_data(head))))
                 if len(bad):
                     token = int(bad[0, 0])
                     raise InvalidArgumentError(
@@ -375,6 +401,11 @@ def check_numerics(views: dict[str, HostArray], problem: Problem) -> None:
                     )
             if problem.packed:
                 break
+
+
+def _exact(array: HostArray) -> np.ndarray[Any, Any]:
+    """Return floats that hold every element as it is."""
+    return to_float(array) if array.dtype == "bfloat16" else array.data
 
 
 def check_backend(backend: Any) -> str:
@@ -393,8 +424,9 @@ def refuse_unknown(function: str, options: dict[str, Any]) -> None:
     }
     for name, value in options.items():
         if name in ("attn_mask", "dropout_p"):
-            if value is None or (isinstance(value, numbers.Real) and value == 0):
+            none = isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0
+            if value is None or (none and name == "dropout_p"):
                 continue  # no mask and no dropout is what everybody gets
-            raise UnsupportedError(f"{name} is not supported: got {value!r}; {advice[name]}.")
+            raise UnsupportedError(f"{name} is not supported: got {shown(value)}; {advice[name]}.")
         hint = f": {advice[name]}" if name in advice else ""
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cusparge._arrays import adapter_of
-from cusparge.errors import DeviceError, InvalidArgumentError
+from cusparge.errors import DeviceError, InvalidArgumentError, shown
 from cusparge.policy import Policy
 
 __all__ = [
@@ -34,12 +34,13 @@ CausalAlign = Literal["bottom_right", "top_left"]
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a whole number as an int, or None for anything else, bool included."""
+    """Return a whole number of 64 bits as an int, or None for anything else, bool included."""
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
-        return operator.index(value)
-    except TypeError:  # arrays and float tensors have __index__, and refuse
+        number = operator.index(value)
+        return number if -(2**63) <= number < 2**63 else None
+    except (TypeError, RuntimeError):  # arrays and tensors have __index__, and may refuse
         return None
 
 
@@ -324,14 +325,16 @@ class BlockMap:
             number = whole_number(given_size)
             if number is None or number < 0:
                 raise InvalidArgumentError(
-                    f"{name} must be a whole number of tokens, 0 or more: got {given_size!r}."
+                    f"{name} must be a whole number of tokens, 0 or more: got {shown(given_size)}."
                 )
             sizes.append(number)
         seqlen_q, seqlen_k, block_q, block_k = sizes
         for name, size in (("block_q", block_q), ("block_k", block_k)):
             if size not in (64, 128):
                 raise InvalidArgumentError(
-                    f"{name} is not a block size: got {size}; allowed 64 and 128."
+                    f"{name} is not a block size: got {shown(size)}; allowed 64 and 128. "
+                    "Merge or split "
+                    "the mask's blocks to one of these."
                 )
         adapter = adapter_of(mask, "mask")
         adapter.check(mask, "mask")

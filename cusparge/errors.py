@@ -3,12 +3,15 @@
 Every message says what was wrong, what was received, what is allowed and how to mend it.
 """
 
+from typing import Any
+
 __all__ = [
     "CompileError",
     "CuspargeError",
     "DeviceError",
     "InvalidArgumentError",
     "UnsupportedError",
+    "shown",
 ]
 
 
@@ -30,3 +33,12 @@ class DeviceError(CuspargeError, RuntimeError):
 
 class CompileError(CuspargeError, RuntimeError):
     """A CUDA kernel could not be compiled or loaded."""
+
+
+def shown(value: Any) -> str:
+    """Return what to print of a value that was received: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception as error:  # an int of many thousand digits, a tensor without memory
+        return f"a {type(value).__name__} that cannot be printed ({type(error).__name__})"
+    return text if len(text) <= 200 else f"{text[:200]}..."

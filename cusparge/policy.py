@@ -6,6 +6,7 @@ threshold is reported where it was typed; only the number of heads is checked at
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from cusparge.errors import InvalidArgumentError
+from cusparge.errors import InvalidArgumentError, shown
 
 __all__ = ["Dense", "PerHead", "Policy", "TopCdf", "TopK"]
 
@@ -25,18 +26,21 @@ PerHead: TypeAlias = "float | Sequence[float]"
 #: More blocks than any sequence has; sums with it stay within 64 bits.
 _MANY_BLOCKS = 2**31 - 1
 
+#: More heads than any model has.
+_MANY_HEADS = 65536
+
 
 def _number(name: str, value: Any, allowed: str) -> float:
     if isinstance(value, (bool, str, bytes)):
         raise InvalidArgumentError(
-            f"{name} must be a number, or one number per query head: got {value!r}; "
+            f"{name} must be a number, or one number per query head: got {shown(value)}; "
             f"allowed {allowed}."
         )
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidArgumentError(
-            f"{name} must be a number, or one number per query head: got {value!r} of type "
+            f"{name} must be a number, or one number per query head: got {shown(value)} of type "
             f"{type(value).__name__}; allowed {allowed}."
         ) from error
 
@@ -54,7 +58,7 @@ def _threshold(name: str, value: Any, low: float, high: float, *, open_low: bool
         inside = low < number <= high if open_low else low <= number <= high
         if not inside:  # NaN lands here as well
             raise InvalidArgumentError(
-                f"{where} is out of range: got {number!r}; allowed {allowed}. "
+                f"{where} is out of range: got {shown(number)}; allowed {allowed}. "
                 f"Pass one number in that range, or one for each query head."
             )
         return number
@@ -70,7 +74,12 @@ def _threshold(name: str, value: Any, low: float, high: float, *, open_low: bool
     # The order of a set is not that of the heads, and a mapping would give its keys.
     unordered = isinstance(value, (str, bytes, Mapping, Set))
     if isinstance(value, Iterable) and not unordered:
-        items = list(value)
+        items = list(itertools.islice(value, _MANY_HEADS + 1))
+        if len(items) > _MANY_HEADS:
+            raise InvalidArgumentError(
+                f"{name} has more than {_MANY_HEADS} values: got {shown(value)}; allowed is one "
+                "number, or one for each query head."
+            )
         if not items:
             raise InvalidArgumentError(
                 f"{name} is empty: got a sequence of length 0; "
@@ -85,12 +94,14 @@ def _count(name: str, value: Any) -> int:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)
-    except TypeError as error:  # arrays and float tensors have __index__, and refuse
+    except (TypeError, RuntimeError) as error:  # arrays and float tensors have it, and refuse
         raise InvalidArgumentError(
-            f"{name} must be a whole number of blocks: got {value!r}; allowed 0 or more."
+            f"{name} must be a whole number of blocks: got {shown(value)}; allowed 0 or more."
         ) from error
     if number < 0:
-        raise InvalidArgumentError(f"{name} is negative: got {number}; allowed 0 or more blocks.")
+        raise InvalidArgumentError(
+            f"{name} is negative: got {shown(number)}; allowed 0 or more blocks."
+        )
     return min(number, _MANY_BLOCKS)
 
 
@@ -116,7 +127,7 @@ class _Common:
             self._set("quantize", bool(quantize))
         elif quantize is not None and not isinstance(quantize, bool):
             raise InvalidArgumentError(
-                f"quantize must be True, False or None: got {quantize!r}. None picks what the "
+                f"quantize must be True, False or None: got {shown(quantize)}. None picks what the "
                 "device is fast at."
             )
 
@@ -179,7 +190,7 @@ class TopCdf(_Common):
         self._set("sim_threshold", _threshold("sim_threshold", self.sim_threshold, -1.0, 1.0))
         if not isinstance(self.rule, str) or self.rule not in ("reach", "within"):
             raise InvalidArgumentError(
-                f'rule is unknown: got {self.rule!r}; allowed "reach" and "within".'
+                f'rule is unknown: got {shown(self.rule)}; allowed "reach" and "within".'
             )
         self._check_common()
 

@@ -799,6 +799,11 @@ def _problem(
     seqlens_k: ArrayLike | None = None,
 ) -> _Problem:
     arrays = [_as_float64(x) for x in (q, k, v)]
+    if layout not in ("HND", "NHD") or not isinstance(causal, (bool, np.bool_)):
+        raise InvalidArgumentError(
+            f"layout or causal is wrong: got {layout!r} and {causal!r}; allowed are 'HND' and "
+            "'NHD', and True and False. Pass one of these."
+        )
     if layout == "NHD":
         arrays = [x.swapaxes(1, 2) if x.ndim == 4 else x for x in arrays]
     q, k, v = arrays
@@ -815,6 +820,12 @@ def _problem(
         raise InvalidArgumentError(
             f"seqlens_k does not fit: got {valid.tolist()}; allowed are {batch} lengths from 0 to "
             f"{seqlen_k}. Give the number of real keys of every sequence."
+        )
+    if q.shape[3] == 0 or (sm_scale is not None and not abs(sm_scale) < math.inf):
+        raise InvalidArgumentError(
+            f"head_dim or sm_scale is wrong: got {q.shape[3]} and {sm_scale}; allowed are 1 "
+            "or more "
+            "and a finite number. None takes 1 / sqrt(head_dim)."
         )
     scale = 1.0 / math.sqrt(q.shape[3]) if sm_scale is None else float(sm_scale)
     offset = _causal_offset(q.shape[2], seqlen_k, causal, causal_align)

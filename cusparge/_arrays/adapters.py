@@ -280,7 +280,7 @@ def adapter_of(array: Any, name: str) -> Adapter:
         return DlpackAdapter(type(array).__module__.partition(".")[0])
     raise InvalidArgumentError(
         f"{name} is not an array: got {_type_name(array)}. Pass an array that speaks DLPack: "
-        "NumPy, CuPy, torch or JAX (for a list, `numpy.asarray(x, dtype=numpy.float32)`)."
+        "NumPy, CuPy, torch or JAX (for a list, `numpy.asarray(x)` with the dtype meant)."
     )
 
 

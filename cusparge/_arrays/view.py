@@ -50,6 +50,9 @@ class HostArray:
 
 def to_float(array: HostArray, dtype: Any = np.float32) -> npt.NDArray[Any]:
     """Return the elements as `dtype`; a view where they are that already."""
+    if array.dtype == "float64" and dtype != np.float64:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            return array.data.astype(dtype)
     if array.dtype != "bfloat16":
         return array.data.astype(dtype, copy=False)
     bits = array.data.astype(np.uint32)

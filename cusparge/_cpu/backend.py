@@ -29,6 +29,9 @@ __all__ = ["CpuBackend"]
 #: What a thread may keep of converted heads and pooled blocks, in bytes.
 _KEEP_BYTES = 40 * 2**20
 
+#: Pairs of blocks in a panel at the most: their scores and orders stay within 32 MB.
+_PANEL_PAIRS = 2**18
+
 _LOG2_E = math.log2(math.e)
 
 #: Scores beyond this could overflow float32 on their way: float64 is used.
@@ -128,7 +131,10 @@ class _Run:
         # By the problem alone: a panel's arithmetic must not depend on the number of threads. Large
         # panels spend less on choosing blocks; eight of them or more keep threads busy.
         every = sum(num_blocks(stop - start, BLOCK_Q) for start, stop, _, _ in problem.spans)
+        widest = max((stop - start for _, _, start, stop in problem.spans), default=0) // BLOCK_K
         self.panel_blocks = min(max(every * problem.num_heads_q // 8, 4), 32)
+        # Choosing holds some fifteen numbers for each pair of blocks in a panel.
+        self.panel_blocks = max(min(self.panel_blocks, _PANEL_PAIRS // max(widest, 1)), 1)
         self.counts = Counts.zeros(problem.batch, problem.num_heads_q)
 
     # -- views of one sequence ---------------------------------------------------------------
