@@ -197,9 +197,8 @@ def _integers(values: Any, name: str, device_kind: str) -> list[int]:
         number = whole_number(item)
         if number is None:
             raise InvalidArgumentError(
-                f"{name}[{i}] is no whole number: got {shown(item)}; allowed are integers of 64 bits, 0 "
-                "or more. "
-                "Convert it with int()."
+                f"{name}[{i}] is no whole number: got {shown(item)}; allowed are integers, 0 or "
+                "more. Convert it with int()."
             )
         result.append(number)
     return result
@@ -249,7 +248,8 @@ def check_arrays(
         for i, length in enumerate(lengths):
             if not 0 <= length <= seqlen_k:
                 raise InvalidArgumentError(
-                    f"seqlens_k[{i}] is out of range: got {length}; allowed 0 to {seqlen_k}, the "
+                    f"seqlens_k[{i}] is out of range: got {shown(length)}; allowed 0 to "
+                    f"{seqlen_k}, the "
                     "number of keys in k."
                 )
     # Causality follows the lengths of the arrays, whatever seqlens_k says.
@@ -343,7 +343,7 @@ def check_packed_arrays(
 def _check_edges(name: str, values: Any, total: int, device_kind: str) -> list[int]:
     edges = _integers(values, name, device_kind)
     if not edges or edges[0] != 0 or edges[-1] != total:
-        got = f"{edges[0]} to {edges[-1]}" if edges else "no values"
+        got = f"{shown(edges[0])} to {shown(edges[-1])}" if edges else "no values"
         raise InvalidArgumentError(
             f"{name} must rise from 0 to the number of tokens, {total}: got {got}. Pass where each "
             "sequence starts, and the total at the end."
@@ -351,7 +351,8 @@ def _check_edges(name: str, values: Any, total: int, device_kind: str) -> list[i
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
         if high < low:
             raise InvalidArgumentError(
-                f"{name} falls from {low} to {high} at index {i + 1}: each value is where the "
+                f"{name} falls from {shown(low)} to {shown(high)} at index {i + 1}: each "
+                "value is where the "
                 "next sequence starts."
             )
     return edges

@@ -34,12 +34,11 @@ CausalAlign = Literal["bottom_right", "top_left"]
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a whole number of 64 bits as an int, or None for anything else, bool included."""
+    """Return a whole number as an int, or None for anything else, bool included."""
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
-        number = operator.index(value)
-        return number if -(2**63) <= number < 2**63 else None
+        return operator.index(value)
     except (TypeError, RuntimeError):  # arrays and tensors have __index__, and may refuse
         return None
 
@@ -323,7 +322,7 @@ class BlockMap:
         sizes = []
         for name, given_size in given_sizes.items():
             number = whole_number(given_size)
-            if number is None or number < 0:
+            if number is None or not 0 <= number < 2**62:
                 raise InvalidArgumentError(
                     f"{name} must be a whole number of tokens, 0 or more: got {shown(given_size)}."
                 )
