@@ -257,16 +257,20 @@ class _Run:
         rows = np.ascontiguousarray(to_float(queries, work))
         if len(seen.bad_rows):
             rows = np.where(np.isfinite(rows), rows, work(0))
-        scaled = np.zeros((len(blocks), problem.head_dim, BLOCK_Q), work)
-        codes = rows
-        if self.quantized:
-            codes = rows.copy()
-            int8_round_trip(codes, axes=(1,))
-        factor = work(problem.sm_scale * _LOG2_E)
-        for i in range(len(blocks)):  # transposed once, for every step of the block
-            part = codes[i * BLOCK_Q : (i + 1) * BLOCK_Q]
-            np.multiply(part.T, factor, out=scaled[i, :, : len(part)])
+        scaled = np.empty((len(blocks), problem.head_dim, BLOCK_Q), work)
+        if self.out is not None:  # stage 1 alone needs the rows as they are
+            self._scale(rows, scaled)
         return _Panel(group, source, reach, head, blocks, rows, scaled, seen.bad_rows)
+
+    def _scale(self, rows: Floats, scaled: Floats) -> None:
+        """Write each block's rows transposed, times sm_scale · log2(e), as int8 codes if asked."""
+        if self.quantized:
+            rows = rows.copy()
+            int8_round_trip(rows, axes=(1,))
+        factor = rows.dtype.type(self.problem.sm_scale * _LOG2_E)
+        for i, block in enumerate(scaled):
+            part = rows[i * BLOCK_Q : (i + 1) * BLOCK_Q]
+            np.multiply(part.T, factor, out=block[:, : len(part)])
 
     def _choose(
         self, panel: _Panel
