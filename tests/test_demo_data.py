@@ -97,6 +97,20 @@ def test_licence_of_the_weights_ships():
     assert "The above copyright notice and this permission notice shall be included" in text
 
 
+def test_reach_of_each_head_is_that_of_the_readme():
+    arrays, _ = shipped()
+    q, k = (arrays[name][0].astype(np.float64) for name in "qk")
+    token = np.arange(q.shape[1])
+    near = np.abs(token[:, None] - token) <= 64
+    for head, (share, perplexity) in enumerate([(0.97, 7), (0.21, 650), (0.99, 18)]):
+        scores = q[head] @ k[head].T / 8
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(axis=1)
+        assert round((p * near).sum(axis=1).mean(), 2) == share
+        assert round(np.exp(entropy.mean())) == perplexity
+
+
 def test_attention_is_alive_in_every_head():
     outputs = []
     for q, k, v in shipped_heads():
