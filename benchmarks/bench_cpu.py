@@ -38,7 +38,7 @@ def measure(tokens: int, head_dim: int, heads: int, repeats: int) -> dict[str, A
     import torch
 
     import cusparge
-    from cusparge.cli.measure import clustered_inputs, paired_times
+    from cusparge.cli.measure import clustered_inputs, paired_times, relative_l1
 
     rng = np.random.default_rng(SEED)
     policy = cusparge.TopCdf(0.9995, 0.5)
@@ -61,16 +61,16 @@ def measure(tokens: int, head_dim: int, heads: int, repeats: int) -> dict[str, A
                 *x, policy=cusparge.Dense(quantize=True)
             )
             dense, expected = functions["dense"](), functions["torch_sdpa"]()
-            found["dense"] = {"l1": _relative_l1(dense, expected.numpy())}
+            found["dense"] = {"l1": float(relative_l1(dense, expected.numpy()))}
             quantized = functions["dense_quantized"]()
-            found["dense_quantized"] = {"l1": _relative_l1(quantized, expected.numpy())}
+            found["dense_quantized"] = {"l1": float(relative_l1(quantized, expected.numpy()))}
         functions[name] = lambda x=inputs: cusparge.attention(*x, policy=policy)
         functions[f"predict_{round(100 * sparsity)}"] = lambda x=inputs: cusparge.predict_block_map(
             *x[:2], policy=policy
         )
         out, stats = cusparge.attention(*inputs, policy=policy, return_stats=True)
         expected = torch.nn.functional.scaled_dot_product_attention(*tensors).numpy()
-        found[name] = {"sparsity": stats.sparsity, "l1": _relative_l1(out, expected)}
+        found[name] = {"sparsity": stats.sparsity, "l1": float(relative_l1(out, expected))}
     times = paired_times(functions, repeats=repeats)
     rows: dict[str, Any] = {}
     for name, seconds in times.items():
@@ -84,13 +84,6 @@ def measure(tokens: int, head_dim: int, heads: int, repeats: int) -> dict[str, A
             **found.get(name, {}),
         }
     return {"tokens": tokens, "head_dim": head_dim, "heads": heads, "batch": 1, "results": rows}
-
-
-def _relative_l1(values: Any, expected: Any) -> float:
-    import numpy as np
-
-    difference = np.abs(values.astype(np.float64) - expected)
-    return float(difference.sum() / np.abs(expected).sum(dtype=np.float64))
 
 
 def commit() -> str | None:

@@ -166,9 +166,8 @@ def _integers(values: Any, name: str, device_kind: str) -> list[int]:
     else:
         if not isinstance(values, np.ndarray) and not hasattr(values, "__dlpack__"):
             raise InvalidArgumentError(
-                f"{name} must be a sequence or an array of whole numbers: got {shown(values)} "
-                "of type "
-                f"{type(values).__name__}."
+                f"{name} must be a sequence or an array of whole numbers: got {shown(values)} of "
+                f"type {type(values).__name__}."
             )
         adapter = adapter_of(values, name)
         adapter.check(values, name)
@@ -182,14 +181,12 @@ def _integers(values: Any, name: str, device_kind: str) -> list[int]:
         if view.data.dtype.kind not in "iu" or view.dtype in ("bfloat16", "bool"):
             raise InvalidArgumentError(
                 f"{name} must hold whole numbers: got dtype {view.dtype}; allowed are integer "
-                "dtypes. "
-                "Convert it to int32."
+                "dtypes. Convert it to int32."
             )
         if view.data.ndim != 1:
             raise InvalidArgumentError(
                 f"{name} must have one dimension: got shape {view.data.shape}; allowed is one "
-                "value a "
-                "sequence. Flatten it."
+                "value a sequence. Flatten it."
             )
         data = view.data.tolist()
     result = []
@@ -249,8 +246,7 @@ def check_arrays(
             if not 0 <= length <= seqlen_k:
                 raise InvalidArgumentError(
                     f"seqlens_k[{i}] is out of range: got {shown(length)}; allowed 0 to "
-                    f"{seqlen_k}, the "
-                    "number of keys in k."
+                    f"{seqlen_k}, the number of keys in k."
                 )
     # Causality follows the lengths of the arrays, whatever seqlens_k says.
     offset = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
@@ -314,9 +310,8 @@ def check_packed_arrays(
         number = whole_number(given)
         if number is None or number < longest:
             raise InvalidArgumentError(
-                f"{name} must be at least the longest sequence, {longest}: got "
-                f"{shown(given)}. None "
-                "takes it from the lengths."
+                f"{name} must be at least the longest sequence, {longest}: got {shown(given)}. "
+                "None takes it from the lengths."
             )
     bottom_right = causal_align == "bottom_right"
     offsets = tuple(
@@ -351,9 +346,8 @@ def _check_edges(name: str, values: Any, total: int, device_kind: str) -> list[i
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
         if high < low:
             raise InvalidArgumentError(
-                f"{name} falls from {shown(low)} to {shown(high)} at index {i + 1}: each "
-                "value is where the "
-                "next sequence starts."
+                f"{name} falls from {shown(low)} to {shown(high)} at index {i + 1}: each value is "
+                "where the next sequence starts."
             )
     return edges
 

@@ -331,9 +331,8 @@ class BlockMap:
         for name, size in (("block_q", block_q), ("block_k", block_k)):
             if size not in (64, 128):
                 raise InvalidArgumentError(
-                    f"{name} is not a block size: got {shown(size)}; allowed 64 and 128. "
-                    "Merge or split "
-                    "the mask's blocks to one of these."
+                    f"{name} is not a block size: got {shown(size)}; allowed 64 and 128. Merge or "
+                    "split the mask's blocks to one of these."
                 )
         adapter = adapter_of(mask, "mask")
         adapter.check(mask, "mask")

@@ -823,9 +823,8 @@ def _problem(
         )
     if q.shape[3] == 0 or (sm_scale is not None and not abs(sm_scale) < math.inf):
         raise InvalidArgumentError(
-            f"head_dim or sm_scale is wrong: got {q.shape[3]} and {sm_scale}; allowed are 1 "
-            "or more "
-            "and a finite number. None takes 1 / sqrt(head_dim)."
+            f"head_dim or sm_scale is wrong: got {q.shape[3]} and {sm_scale}; allowed are 1 or "
+            "more and a finite number. None takes 1 / sqrt(head_dim)."
         )
     scale = 1.0 / math.sqrt(q.shape[3]) if sm_scale is None else float(sm_scale)
     offset = _causal_offset(q.shape[2], seqlen_k, causal, causal_align)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cusparge._cpu.scratch import scratch
 from cusparge._cpu.source import Floats, KeySource
 from cusparge._types import BLOCK_K, BLOCK_Q, num_blocks
-from cusparge.policy import Dense, Policy, TopCdf, TopK
+from cusparge.policy import Policy, TopCdf, TopK
 
 __all__ = ["HeadRule", "Pooled", "Reach", "head_rule", "pool", "pool_keys", "select"]
 
@@ -57,8 +57,6 @@ def head_rule(policy: Policy, head: int) -> HeadRule:
         kind, threshold = "topk", of_head(policy.keep)
         sim = of_head(policy.sim_threshold)
     within = isinstance(policy, TopCdf) and policy.rule == "within"
-    if isinstance(policy, Dense):
-        sim = -1.0
     return HeadRule(kind, threshold, sim, within, policy.sink_blocks, policy.local_blocks, pv)
 
 
