@@ -32,7 +32,24 @@ class DeviceError(CuspargeError, RuntimeError):
 
 
 class CompileError(CuspargeError, RuntimeError):
-    """A CUDA kernel could not be compiled or loaded."""
+    """A CUDA kernel could not be compiled or loaded.
+
+    Attributes
+    ----------
+    log : str
+        What the compiler said, in full; empty where it did not run.
+    command : str
+        A command that reproduces the failure; empty where there is none.
+    options : tuple of str
+        The compiler's options.
+    source : str
+        The text that was compiled.
+    """
+
+    log: str = ""
+    command: str = ""
+    options: tuple[str, ...] = ()
+    source: str = ""
 
 
 def shown(value: Any) -> str:
