@@ -1,4 +1,4 @@
-"""The command line as a whole, and `demo`, `inspect`, `bench` and `doctor`."""
+"""The command line as a whole, and `demo`, `inspect`, `bench` and `doctor` at work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import cusparge
 import cusparge.cli
 from cusparge.cli import doctor, files, main, measure
 
-COMMANDS = ("demo", "run", "inspect", "bench", "doctor")
+COMMANDS = ("demo", "run", "inspect", "bench", "doctor", "compile", "cache")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``cusparge demo``, ``run``, ``inspect``, ``bench`` and ``doctor``.
+"""The commands ``demo``, ``run``, ``inspect``, ``bench``, ``doctor``, ``compile`` and ``cache``.
 
 Results go to standard output, for people or, with ``--json``, as one JSON object; messages and
 progress go to standard error. `main` returns 0 for success, 1 when the work failed and 2 when the

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,19 @@ from typing import Any
 import numpy as np
 
 import cusparge
+from cusparge._cuda import devices
+from cusparge._cuda.notices import short
+from cusparge.cli import checks
+from cusparge.cli.cache import amount
+from cusparge.cli.checks import (
+    Findings,
+    check_cupy,
+    check_devices,
+    check_environment,
+    find_gpu,
+    has_cupy,
+    import_cupy,
+)
 from cusparge.cli.measure import (
     clustered_inputs,
     machine,
@@ -20,14 +32,16 @@ from cusparge.cli.measure import (
     relative_l1,
     version_of,
 )
+from cusparge.cli.toolchain import check_layer, inspect_layer
 from cusparge.cli.ui import Ui, table
 from cusparge.errors import CuspargeError
 
 __all__ = ["add_parser"]
 
 EXAMPLES = """\
-No framework is imported and no GPU is touched to find out. Exit status: 0 where all is well or
-there is no GPU, 1 when the self-check fails or a GPU that was found cannot be used.
+No framework is imported, nothing is compiled and no GPU is put to work to find out. Exit status: 0
+where all is well or there is no GPU, 1 when the self-check fails or a GPU that was found cannot be
+used, as is the case for every GPU today: no attention kernel for them exists yet.
 
 examples:
   cusparge doctor
@@ -44,12 +58,8 @@ _PACKAGES = (
     "torch",
     "jax",
     "jaxlib",
+    "cuda-pathfinder",
 )
-
-#: Wheels of one package, `cupy`, that overwrite each other's files.
-_CUPY = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
-
-_DRIVER = Path("/proc/driver/nvidia")
 
 #: float32 against the float64 reference: rounding stays near 2e-6, and what is broken far above.
 _TOLERANCE = 1e-4
@@ -70,62 +80,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(execute=execute)
 
 
-def short_path(path: str | os.PathLike[str]) -> str:
-    """Return a path with the home folder as ~, since reports are passed on."""
-    text = os.path.abspath(path)
-    home = os.path.expanduser("~").rstrip(os.sep)
-    if home and (text == home or text.startswith(home + os.sep)):
-        return "~" + text[len(home) :]
-    return text
-
-
-def find_gpu(driver: Path = _DRIVER) -> dict[str, Any]:
-    """Return what the NVIDIA driver says about itself, without using it."""
-    version = None
-    try:
-        first = (driver / "version").read_text(encoding="utf-8", errors="replace").splitlines()[0]
-        # "NVRM version: NVIDIA UNIX ... Module  580.65.06  Release Build ..."
-        numbers = [word for word in first.split() if word[:1].isdigit() and "." in word]
-        version = numbers[0] if numbers else first.strip()
-    except (OSError, IndexError):
-        pass
-    devices = []
-    try:
-        entries = sorted((driver / "gpus").iterdir())
-    except OSError:
-        entries = []
-    for entry in entries:
-        try:
-            lines = (entry / "information").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        for line in lines.splitlines():
-            if line.startswith("Model:"):
-                devices.append({"name": line.split(":", 1)[1].strip(), "usable": False})
-    if not devices and version is not None:
-        devices.append({"name": "NVIDIA GPU", "usable": False})
-    return {
-        "driver": version,
-        "nvidia_smi": shutil.which("nvidia-smi") is not None,
-        "devices": devices,
-    }
-
-
-def find_warnings(gpu: dict[str, Any], cupy: dict[str, str]) -> list[dict[str, str]]:
-    """Return what is wrong, each with how to mend it."""
-    found = []
-
-    def warn(problem: str, mend: str) -> None:
-        found.append({"problem": problem, "mend": mend})
-
-    if len(cupy) > 1:
-        names = ", ".join(cupy)
-        warn(
-            f"several cupy packages are installed, which overwrite each other: {names}",
-            f"pip uninstall {' '.join(cupy)}, then install the one for your driver",
-        )
+def check_cpu(findings: Findings) -> None:
+    """Find what slows or stops the CPU backend."""
     if version_of("threadpoolctl") is None:
-        warn(
+        findings.add(
             "threadpoolctl is not installed: BLAS may start threads of its own inside cusparge's, "
             "which makes them several times slower",
             "pip install threadpoolctl, or set OPENBLAS_NUM_THREADS=1",
@@ -133,29 +91,17 @@ def find_warnings(gpu: dict[str, Any], cupy: dict[str, str]) -> list[dict[str, s
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         value = os.environ.get(name)
         if value is not None:
-            warn(
+            findings.add(
                 f"{name}={value} is set: it limits NumPy's own products, and torch's, but not the "
                 "threads of cusparge",
                 f"unset {name}, or set CUSPARGE_NUM_THREADS as well if cusparge is meant",
             )
     wanted = os.environ.get("CUSPARGE_NUM_THREADS")
     if wanted is not None and not (wanted.strip().isdecimal() and 1 <= int(wanted) <= 4096):
-        warn(
+        findings.add(
             f"CUSPARGE_NUM_THREADS={wanted} is not a number of threads, and every call fails",
             "unset it, or set a number from 1 to 4096",
         )
-    if gpu["devices"]:
-        warn(
-            "an NVIDIA GPU was found, and this version of cusparge has no GPU backend yet: it "
-            "runs on the CPU only",
-            "keep the arrays in host memory",
-        )
-    elif gpu["nvidia_smi"]:
-        warn(
-            "nvidia-smi is installed, but no NVIDIA driver is loaded",
-            "nothing is needed for the CPU; for a GPU, load the driver",
-        )
-    return found
 
 
 def self_check() -> dict[str, Any]:
@@ -163,7 +109,7 @@ def self_check() -> dict[str, Any]:
     arrays = clustered_inputs(
         np.random.default_rng(0), batch=1, heads=2, tokens=256, head_dim=64, sparsity=0.5
     )
-    checks: dict[str, Any] = {"ok": True, "tolerance": _TOLERANCE, "errors": {}, "message": None}
+    result: dict[str, Any] = {"ok": True, "tolerance": _TOLERANCE, "errors": {}, "message": None}
     policies: dict[str, cusparge.Policy] = {
         "dense": cusparge.Dense(quantize=False),
         "sparse": cusparge.TopCdf(0.9995, 0.5),
@@ -174,39 +120,50 @@ def self_check() -> dict[str, Any]:
             with one_blas_thread():
                 expected = cusparge.attention(*arrays, policy=policy, backend="reference")
             error = float(relative_l1(out, expected))
-            checks["errors"][name] = error
+            result["errors"][name] = error
             if not error <= _TOLERANCE:  # NaN fails as well
-                checks["ok"] = False
-                checks["message"] = f"{name} attention differs from the reference: {error:.1e}"
+                result["ok"] = False
+                result["message"] = f"{name} attention differs from the reference: {error:.1e}"
     except CuspargeError as error:
-        checks["ok"] = False
-        checks["message"] = str(error)
-    return checks
+        result["ok"] = False
+        result["message"] = str(error)
+    return result
 
 
 def execute(args: argparse.Namespace, ui: Ui) -> int:
     """Run the command."""
-    cupy = {name: version for name in _CUPY if (version := version_of(name)) is not None}
     gpu = find_gpu()
-    checks = self_check()
-    unusable = [device for device in gpu["devices"] if not device["usable"]]
+    packages = devices.cupy_packages()
+    cupy = import_cupy() if gpu["devices"] and has_cupy() else None
+    architectures = dict.fromkeys(device["arch"] for device in gpu["devices"] if device["arch"])
+    layer = inspect_layer(list(architectures))
+    tested = self_check()
+    findings = Findings()
+    check_cpu(findings)
+    check_devices(gpu, findings)
+    check_cupy(gpu, packages, cupy, findings)
+    check_layer(gpu, layer, findings)
+    check_environment(findings)
+    usable = [device for device in gpu["devices"] if device["usable"]]
     record = {
         "command": "doctor",
         "machine": machine(),
         "python": {
             "version": platform.python_version(),
             "implementation": platform.python_implementation(),
-            "executable": short_path(sys.executable) if sys.executable else None,
+            "executable": short(sys.executable) if sys.executable else None,
         },
-        "location": short_path(Path(cusparge.__file__).parent),
-        "packages": {name: version_of(name) for name in _PACKAGES} | {"cupy": cupy or None},
+        "location": short(os.path.abspath(Path(cusparge.__file__).parent)),
+        "packages": {name: version_of(name) for name in _PACKAGES} | {"cupy": packages or None},
         "gpu": gpu,
-        "backends": {"cpu": True, "cuda": False, "reference": True},
-        "would_run": "cpu",
-        "warnings": find_warnings(gpu, cupy),
-        "self_check": checks,
+        "cupy": cupy,
+        **layer,
+        "backends": {"cpu": True, "cuda": bool(usable), "reference": True},
+        "would_run": "cuda" if usable else "cpu",
+        "warnings": findings.items,
+        "self_check": tested,
     }
-    ok = bool(checks["ok"]) and not unusable
+    ok = bool(tested["ok"]) and len(usable) == len(gpu["devices"])
     ui.result(record | {"ok": ok})
     if not ui.as_json:
         _show(ui, record)
@@ -214,29 +171,77 @@ def execute(args: argparse.Namespace, ui: Ui) -> int:
 
 
 def _show(ui: Ui, record: dict[str, Any]) -> None:
-    about, packages, gpu = record["machine"], record["packages"], record["gpu"]
-    cupy = packages["cupy"] or {}
-    names = ", ".join(device["name"] for device in gpu["devices"])
+    about, packages = record["machine"], record["packages"]
     ui.show(f"cusparge  {about['cusparge']} in {record['location']}")
     ui.show(f"python    {record['python']['version']}, {record['python']['executable']}")
     ui.show(f"system    {about['system']}")
     ui.show(f"cpu       {about['cpu']}, {about['cores']} cores, {about['threads']} threads used")
     ui.show(f"blas      {about['blas']}")
-    ui.show(f"gpu       {names or 'none found'}")
-    ui.show(f"driver    {gpu['driver'] or 'no NVIDIA driver loaded'}")
-    ui.show("runs on   the CPU; this version has no GPU backend yet", "")
+    _show_gpu(ui, record)
     rows = [
         (name, version or "not installed") for name, version in packages.items() if name != "cupy"
     ]
-    rows += list(cupy.items()) or [("cupy", "not installed")]
+    rows += list((packages["cupy"] or {}).items()) or [("cupy", "not installed")]
     ui.show(table("packages", ("package", "version"), rows, words=2))
     for warning in record["warnings"]:
         ui.show(f"warning: {warning['problem']}", f"  to mend it: {warning['mend']}")
     if not record["warnings"]:
         ui.show("no warnings")
-    checks = record["self_check"]
-    if checks["ok"]:
-        errors = ", ".join(f"{name} {error:.1e}" for name, error in checks["errors"].items())
+    tested = record["self_check"]
+    if tested["ok"]:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in tested["errors"].items())
         ui.show(f"self-check passed: error against the float64 reference {errors}")
     else:
-        ui.show(f"self-check FAILED: {checks['message']}")
+        ui.show(f"self-check FAILED: {tested['message']}")
+
+
+def _show_gpu(ui: Ui, record: dict[str, Any]) -> None:
+    gpu, compiler, text, store = (record[key] for key in ("gpu", "nvrtc", "sources", "cache"))
+    hidden = f" ({gpu['hidden']} hidden by CUDA_VISIBLE_DEVICES)" if gpu["hidden"] else ""
+    for device in gpu["devices"]:
+        words = [device["name"]]
+        if device["capability"] is not None:
+            words.append(f"compute capability {device['capability']}")
+        if device["arch"] is not None:
+            words.append(f"{device['arch']} ({device['family']})")
+        if device["memory_bytes"] is not None:
+            words.append(amount(device["memory_bytes"]))
+        number = "" if device["index"] is None else f"{device['index']}: "
+        state = "usable" if device["usable"] else f"NOT usable: {'; '.join(device['problems'])}"
+        ui.show(f"gpu       {number}{', '.join(words)}; {state}")
+    if not gpu["devices"] or hidden:
+        ui.show(f"gpu       {'others' if gpu['devices'] else 'none found'}{hidden}")
+    runs = f", runs CUDA {gpu['driver_cuda']}" if gpu["driver_cuda"] else ""
+    ui.show(f"driver    {gpu['driver'] or 'no NVIDIA driver loaded'}{runs}")
+    if record["cupy"] is not None:
+        tried = record["cupy"]
+        state = tried["error"] or f"{tried['version']}, built for CUDA {tried['cuda']}"
+        ui.show(f"cupy      {state}")
+    if compiler["error"] is None:
+        ui.show(f"nvrtc     {compiler['version']}, {compiler['path']}")
+    else:
+        ui.show("nvrtc     not usable; it is needed for GPUs only")
+    if text["error"] is None:
+        ui.show(f"kernels   {text['files']} source files, id {text['id']}, {text['folder']}")
+    if store["folder"] is None:
+        ui.show("cache     none: there is no home folder")
+    else:
+        state = "writable" if store["writable"] else "NOT writable"
+        size = amount(store["bytes"])
+        ui.show(f"cache     {store['kernels']} kernels, {size}, {store['folder']}, {state}")
+    for row in record["kernels"]:
+        left = row["needed"] - row["cached"]
+        ui.show(
+            f"compile   {row['arch']}: a first call needs {row['needed']} kernels, "
+            f"{row['cached']} are there, {left} to compile"
+        )
+    if record["would_run"] == "cuda":
+        ui.show("runs on   the GPU for CUDA arrays, the CPU for host arrays", "")
+    elif checks.GPU_ATTENTION:
+        ui.show("runs on   the CPU", "")
+    else:
+        ui.show(
+            "runs on   the CPU; there is no attention kernel for GPUs yet, and attention on CUDA "
+            "arrays is refused",
+            "",
+        )

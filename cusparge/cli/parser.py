@@ -6,7 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 import cusparge
-from cusparge.cli import bench, demo, doctor, inspection, run
+from cusparge.cli import bench, cache, compile, demo, doctor, inspection, run
 from cusparge.cli.ui import UsageError
 
 __all__ = ["build_parser"]
@@ -18,6 +18,7 @@ examples:
   cusparge inspect layer.npz --html report.html
   cusparge bench --tokens 4096 --sparsity 0.75
   cusparge doctor                    what is installed, and what is wrong
+  cusparge compile --arch sm_90a     compile kernels ahead of time, no GPU needed
 
 Results go to standard output, messages and progress to standard error. Exit status: 0 success,
 1 failure of the work, 2 wrong usage.
@@ -50,6 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands: Any = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    for command in (demo, run, inspection, bench, doctor):
+    for command in (demo, run, inspection, bench, doctor, compile, cache):
         command.add_parser(commands, common)
     return parser
