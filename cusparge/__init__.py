@@ -7,12 +7,14 @@
 (1, 2, 256, 64)
 
 `attention` computes it, `attention_varlen` does so for packed sequences, and `predict_block_map`
-tells which blocks it would compute. `TopCdf`, `TopK` and `Dense` say what may be skipped.
+tells which blocks it would compute. `TopCdf`, `TopK` and `Dense` say what may be skipped. `warmup`
+compiles and loads the GPU kernels ahead of the first call.
 `cusparge.reference` is the float64 oracle of the same rules, written to be read beside the paper
 (SpargeAttn, arXiv:2502.18137).
 """
 
 from cusparge import reference
+from cusparge._cuda import background as _background
 from cusparge._types import AttentionStats, BlockMap
 from cusparge._version import __version__
 from cusparge.attention import attention, attention_varlen, predict_block_map
@@ -24,6 +26,8 @@ from cusparge.errors import (
     UnsupportedError,
 )
 from cusparge.policy import Dense, Policy, TopCdf, TopK
+
+warmup = _background.warmup
 
 __all__ = [
     "AttentionStats",
@@ -42,4 +46,7 @@ __all__ = [
     "attention_varlen",
     "predict_block_map",
     "reference",
+    "warmup",
 ]
+
+_background.start()

@@ -6,52 +6,34 @@ Nothing is allocated and no element of q, k or v is read before all of these che
 from __future__ import annotations
 
 import itertools
-import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cusparge._arrays import HostArray, adapter_of
-from cusparge._arrays.view import FLOAT_DTYPES, to_float
+from cusparge._arrays import DeviceArray, HostArray, View, adapter_of
+from cusparge._arrays.view import FLOAT_DTYPES, AnyView, to_float
+from cusparge._options import check_choice, check_flag, check_policy, check_scale
 from cusparge._types import BlockMap, Problem, whole_number
-from cusparge.errors import InvalidArgumentError, UnsupportedError, shown
-from cusparge.policy import Dense, Policy, TopCdf, TopK
+from cusparge.errors import InvalidArgumentError, shown
 
 __all__ = [
     "check_arrays",
     "check_block_map",
-    "check_flag",
+    "check_lengths",
     "check_numerics",
+    "check_one_array",
     "check_packed_arrays",
+    "check_packed_shapes",
+    "check_shapes",
+    "is_host_list",
 ]
 
-_THRESHOLDS = ("cdf_threshold", "sim_threshold", "keep", "pv_threshold")
 MAX_HEAD_DIM = 256
 _MOST_SEQUENCES = 2**24  # more would only fill the memory before its length is found wrong
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """Return a bool, or say that it is none."""
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    raise InvalidArgumentError(
-        f"{name} must be True or False: got {shown(value)}. Pass a bool, for instance "
-        f"`bool({name})`."
-    )
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if isinstance(value, str) and value in allowed:
-        return value
-    words = " and ".join(f'"{word}"' for word in allowed)
-    raise InvalidArgumentError(
-        f"{name} is unknown: got {shown(value)}; allowed {words}. Pass one of these."
-    )
-
-
-def _check_dtypes(views: dict[str, HostArray]) -> str:
+def _check_dtypes(views: Mapping[str, View]) -> str:
     for name, view in views.items():
         if view.dtype not in FLOAT_DTYPES:
             raise InvalidArgumentError(
@@ -68,19 +50,17 @@ def _check_dtypes(views: dict[str, HostArray]) -> str:
     return next(iter(found.values()))
 
 
-def _check_strides(views: dict[str, HostArray]) -> None:
+def _check_strides(views: Mapping[str, View]) -> None:
     for name, view in views.items():
-        data = view.data
-        if data.size and data.shape[-1] > 1 and data.strides[-1] != data.itemsize:
-            steps = tuple(stride // data.itemsize for stride in data.strides)
+        if not view.rows_are_contiguous:
             raise InvalidArgumentError(
-                f"{name}'s last dimension is not contiguous: got strides {steps} (elements) for "
-                f"shape {data.shape}; the last one must be 1, the others are free. Pass "
+                f"{name}'s last dimension is not contiguous: got strides {view.strides} (elements) "
+                f"for shape {view.shape}; the last one must be 1, the others are free. Pass "
                 f"`{name}.contiguous()` (torch) or `numpy.ascontiguousarray({name})`."
             )
 
 
-def _check_rank(views: dict[str, HostArray], rank: int, meaning: str) -> None:
+def _check_rank(views: Mapping[str, View], rank: int, meaning: str) -> None:
     for name, view in views.items():
         if len(view.shape) != rank:
             raise InvalidArgumentError(
@@ -103,12 +83,7 @@ def _check_heads(shapes: dict[str, tuple[int, ...]], heads_axis: int, layout: st
         raise InvalidArgumentError(
             f"v has another shape than k: got {listing}; k and v must agree in every dimension."
         )
-    if not 1 <= q[-1] <= MAX_HEAD_DIM:
-        size = "large" if q[-1] else "small"
-        raise InvalidArgumentError(
-            f"head_dim is too {size}: got {q[-1]} (q.shape = {q}); allowed 1 to {MAX_HEAD_DIM}. "
-            "Check that the last dimension is head_dim, or use another attention for this layer."
-        )
+    _check_head_dim("q", q)
     heads_q, heads_kv = q[heads_axis], k[heads_axis]
     if heads_q and (heads_kv == 0 or heads_q % heads_kv):
         raise InvalidArgumentError(
@@ -118,39 +93,14 @@ def _check_heads(shapes: dict[str, tuple[int, ...]], heads_axis: int, layout: st
         )
 
 
-def _check_policy(policy: Any, num_heads_q: int) -> Policy:
-    if policy is None:
-        return TopCdf()
-    if not isinstance(policy, (TopCdf, TopK, Dense)):
+def _check_head_dim(name: str, shape: tuple[int, ...]) -> None:
+    if not 1 <= shape[-1] <= MAX_HEAD_DIM:
+        size = "large" if shape[-1] else "small"
         raise InvalidArgumentError(
-            f"policy must be a TopCdf, TopK or Dense, or None for TopCdf(): got {shown(policy)}."
+            f"head_dim is too {size}: got {shape[-1]} ({name}.shape = {shape}); allowed 1 to "
+            f"{MAX_HEAD_DIM}. Check that the last dimension is head_dim, or use another attention "
+            "for this layer."
         )
-    for name in _THRESHOLDS:
-        value = getattr(policy, name, None)
-        if isinstance(value, tuple) and len(value) != num_heads_q:
-            raise InvalidArgumentError(
-                f"{name} has {len(value)} values for {num_heads_q} query heads: pass one number, "
-                "or one for each query head."
-            )
-    return policy
-
-
-def _check_scale(sm_scale: Any, head_dim: int) -> float:
-    if sm_scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    try:
-        # NumPy's complex numbers would become real with no more than a warning.
-        if isinstance(sm_scale, (bool, np.bool_, str, bytes, np.complexfloating)):
-            raise TypeError
-        scale = float(sm_scale)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise InvalidArgumentError(
-            f"sm_scale must be one finite number: got {shown(sm_scale)}. None means 1 / "
-            "sqrt(head_dim)."
-        )
-    return scale
 
 
 def _integers(values: Any, name: str, device_kind: str) -> list[int]:
@@ -201,8 +151,75 @@ def _integers(values: Any, name: str, device_kind: str) -> list[int]:
     return result
 
 
+def check_shapes(views: Mapping[str, View], layout: Any) -> str:
+    """Check what shapes and dtypes of a batch alone can tell; return the dtype."""
+    layout = check_choice("layout", layout, ("HND", "NHD"))
+    order = "B, H, S, D" if layout == "HND" else "B, S, H, D"
+    meaning = f"({order}) in layout {layout}"
+    _check_rank(views, 4, meaning)
+    dtype = _check_dtypes(views)
+    shapes = {name: view.shape for name, view in views.items()}
+    if any(shape[0] != shapes["q"][0] for shape in shapes.values()):
+        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise InvalidArgumentError(
+            f"{', '.join(views)} have different batch sizes: got {listing}, {meaning}; allowed is "
+            "one size for all. Expand the smaller ones, which copies nothing."
+        )
+    _check_heads(shapes, 1 if layout == "HND" else 2, meaning)
+    return dtype
+
+
+def check_packed_shapes(views: Mapping[str, View]) -> str:
+    """Check what shapes and dtypes of packed sequences alone can tell; return the dtype."""
+    meaning = "(tokens, H, D)"
+    _check_rank(views, 3, meaning)
+    dtype = _check_dtypes(views)
+    _check_heads({name: view.shape for name, view in views.items()}, 1, meaning)
+    return dtype
+
+
+def check_lengths(given: Any, name: str, batch: int, tokens: int, device_kind: str) -> list[int]:
+    """Return one length for each sequence, all tokens where none are given."""
+    if given is None:
+        return [tokens] * batch
+    lengths = _integers(given, name, device_kind)
+    if len(lengths) != batch:
+        raise InvalidArgumentError(
+            f"{name} has {len(lengths)} lengths for a batch of {batch}: pass one for each sequence."
+        )
+    for i, length in enumerate(lengths):
+        if not 0 <= length <= tokens:
+            which = "keys in k" if name == "seqlens_k" else "tokens"
+            raise InvalidArgumentError(
+                f"{name}[{i}] is out of range: got {shown(length)}; allowed 0 to {tokens}, the "
+                f"number of {which}."
+            )
+    return lengths
+
+
+def is_host_list(given: Any) -> bool:
+    """Tell whether lengths lie in a sequence or a NumPy array, whatever q is."""
+    return isinstance(given, np.ndarray) or not hasattr(given, "__dlpack__")
+
+
+def check_one_array(view: AnyView, name: str, layout: Any) -> AnyView:
+    """Check an array (B, H, S, D) alone; return its view in HND order."""
+    layout = check_choice("layout", layout, ("HND", "NHD"))
+    order = "B, H, S, D" if layout == "HND" else "B, S, H, D"
+    _check_rank({name: view}, 4, f"({order}) in layout {layout}")
+    dtype = _check_dtypes({name: view})
+    if dtype == "float64" and isinstance(view, DeviceArray):
+        raise InvalidArgumentError(
+            f"{name} has dtype float64 on a GPU: allowed float16, bfloat16 and float32 there. "
+            "Convert it first, or move it to the host."
+        )
+    _check_head_dim(name, view.shape)
+    _check_strides({name: view})
+    return view if layout == "HND" else view.swapaxes(1, 2)
+
+
 def check_arrays(
-    views: dict[str, HostArray],
+    views: dict[str, AnyView],
     *,
     policy: Any,
     causal: Any,
@@ -211,43 +228,18 @@ def check_arrays(
     layout: Any,
     seqlens_k: Any,
     device_kind: str,
-) -> tuple[Problem, dict[str, HostArray]]:
+) -> tuple[Problem, dict[str, AnyView]]:
     """Check a batch of equal lengths; return the problem and the views in HND order."""
-    layout = _choice("layout", layout, ("HND", "NHD"))
-    _choice("causal_align", causal_align, ("bottom_right", "top_left"))
+    dtype = check_shapes(views, layout)
+    check_choice("causal_align", causal_align, ("bottom_right", "top_left"))
     is_causal = check_flag("causal", causal)
-    order = "B, H, S, D" if layout == "HND" else "B, S, H, D"
-    meaning = f"({order}) in layout {layout}"
-    _check_rank(views, 4, meaning)
-    dtype = _check_dtypes(views)
-    shapes = {name: view.shape for name, view in views.items()}
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise InvalidArgumentError(
-            f"{', '.join(views)} have different batch sizes: got {listing}, {meaning}; allowed is "
-            "one size for all. Expand the smaller ones, which copies nothing."
-        )
-    _check_heads(shapes, 1 if layout == "HND" else 2, meaning)
     _check_strides(views)
     if layout == "NHD":
-        views = {name: view.with_data(view.data.swapaxes(1, 2)) for name, view in views.items()}
+        views = {name: view.swapaxes(1, 2) for name, view in views.items()}
     batch, heads_q, seqlen_q, head_dim = views["q"].shape
     heads_kv, seqlen_k = views["k"].shape[1:3]
 
-    lengths = [seqlen_k] * batch
-    if seqlens_k is not None:
-        lengths = _integers(seqlens_k, "seqlens_k", device_kind)
-        if len(lengths) != batch:
-            raise InvalidArgumentError(
-                f"seqlens_k has {len(lengths)} lengths for a batch of {batch}: pass one for each "
-                "sequence."
-            )
-        for i, length in enumerate(lengths):
-            if not 0 <= length <= seqlen_k:
-                raise InvalidArgumentError(
-                    f"seqlens_k[{i}] is out of range: got {shown(length)}; allowed 0 to "
-                    f"{seqlen_k}, the number of keys in k."
-                )
+    lengths = check_lengths(seqlens_k, "seqlens_k", batch, seqlen_k, device_kind)
     # Causality follows the lengths of the arrays, whatever seqlens_k says.
     offset = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
     problem = Problem(
@@ -257,8 +249,8 @@ def check_arrays(
         seqlen_k=seqlen_k,
         head_dim=head_dim,
         dtype=dtype,
-        policy=_check_policy(policy, heads_q),
-        sm_scale=_check_scale(sm_scale, head_dim),
+        policy=check_policy(policy, heads_q),
+        sm_scale=check_scale(sm_scale, head_dim),
         spans=tuple((0, seqlen_q, 0, length) for length in lengths),
         causal_offsets=(offset,) * batch if is_causal else None,
         causal_align=causal_align,
@@ -267,7 +259,7 @@ def check_arrays(
 
 
 def check_packed_arrays(
-    views: dict[str, HostArray],
+    views: dict[str, AnyView],
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     *,
@@ -278,17 +270,13 @@ def check_packed_arrays(
     causal_align: Any,
     sm_scale: Any,
     device_kind: str,
-) -> tuple[Problem, dict[str, HostArray]]:
+) -> tuple[Problem, dict[str, AnyView]]:
     """Check packed sequences; return the problem and the views in (H, S, D) order."""
-    _choice("causal_align", causal_align, ("bottom_right", "top_left"))
+    check_choice("causal_align", causal_align, ("bottom_right", "top_left"))
     is_causal = check_flag("causal", causal)
-    meaning = "(tokens, H, D)"
-    _check_rank(views, 3, meaning)
-    dtype = _check_dtypes(views)
-    shapes = {name: view.shape for name, view in views.items()}
-    _check_heads(shapes, 1, meaning)
+    dtype = check_packed_shapes(views)
     _check_strides(views)
-    views = {name: view.with_data(view.data.swapaxes(0, 1)) for name, view in views.items()}
+    views = {name: view.swapaxes(0, 1) for name, view in views.items()}
     heads_q, total_q, head_dim = views["q"].shape
     heads_kv, total_k = views["k"].shape[:2]
     edges_q = _check_edges("cu_seqlens_q", cu_seqlens_q, total_q, device_kind)
@@ -325,8 +313,8 @@ def check_packed_arrays(
         seqlen_k=total_k,
         head_dim=head_dim,
         dtype=dtype,
-        policy=_check_policy(policy, heads_q),
-        sm_scale=_check_scale(sm_scale, head_dim),
+        policy=check_policy(policy, heads_q),
+        sm_scale=check_scale(sm_scale, head_dim),
         spans=spans,
         causal_offsets=offsets if is_causal else None,
         causal_align=causal_align,
@@ -401,27 +389,3 @@ def check_numerics(views: dict[str, HostArray], problem: Problem) -> None:
 def _exact(array: HostArray) -> np.ndarray[Any, Any]:
     """Return floats that hold every element as it is."""
     return to_float(array) if array.dtype == "bfloat16" else array.data
-
-
-def check_backend(backend: Any) -> str:
-    """Return a backend's name, or list those that exist."""
-    return _choice("backend", backend, ("auto", "cuda", "cpu", "reference"))
-
-
-def refuse_unknown(function: str, options: dict[str, Any]) -> None:
-    """Refuse arguments that other attention functions take and this one does not."""
-    advice = {
-        "attn_mask": "use seqlens_k for padding, causal=True, or block_map for blocks of tokens",
-        "dropout_p": "cusparge is for inference: leave it out",
-        "is_causal": "the argument is called causal (and aligned bottom right by default)",
-        "scale": "the argument is called sm_scale",
-        "softmax_scale": "the argument is called sm_scale",
-    }
-    for name, value in options.items():
-        if name in ("attn_mask", "dropout_p"):
-            none = isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0
-            if value is None or (none and name == "dropout_p"):
-                continue  # no mask and no dropout is what everybody gets
-            raise UnsupportedError(f"{name} is not supported: got {shown(value)}; {advice[name]}.")
-        hint = f": {advice[name]}" if name in advice else ""
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")

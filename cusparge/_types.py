@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cusparge._arrays import adapter_of
-from cusparge.errors import DeviceError, InvalidArgumentError, shown
+from cusparge._arrays import HostArray, adapter_of, jax_calls
+from cusparge._arrays.torch_ops import not_traced
+from cusparge.errors import DeviceError, InvalidArgumentError, UnsupportedError, shown
 from cusparge.policy import Policy
 
 __all__ = [
@@ -22,12 +23,16 @@ __all__ = [
     "Counts",
     "Problem",
     "num_blocks",
+    "pooled_shapes",
     "whole_number",
 ]
 
 #: Blocks are 128 queries by 64 keys on every backend and device.
 BLOCK_Q = 128
 BLOCK_K = 64
+
+#: Dynamo breaks its graph where maps and stats are read, or says this.
+_outside = not_traced("values are read there: return the map or the stats, and read them outside")
 
 Layout = Literal["HND", "NHD"]
 CausalAlign = Literal["bottom_right", "top_left"]
@@ -46,6 +51,19 @@ def whole_number(value: Any) -> int | None:
 def num_blocks(tokens: int, block: int) -> int:
     """Return how many blocks cover that many tokens."""
     return -(-tokens // block)
+
+
+def pooled_shapes(shape: tuple[int, ...], block: int, smooth: bool) -> dict[str, tuple[int, ...]]:
+    """Return what pooling an array (B, H, S, D) gives: the shape of every result, by name."""
+    batch, heads, tokens, head_dim = shape
+    blocks = num_blocks(tokens, block)
+    shapes: dict[str, tuple[int, ...]] = {
+        "block_mean": (batch, heads, blocks, head_dim),
+        "similarity": (batch, heads, blocks),
+    }
+    if smooth:
+        shapes["token_mean"] = (batch, heads, head_dim)
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,10 @@ class Counts:
         """Return counts to add to."""
         return cls(*(np.zeros((batch, num_heads_q), np.int64) for _ in range(4)))
 
+    def stacked(self) -> npt.NDArray[np.int64]:
+        """Return them as one array, (4, batch, num_heads_q)."""
+        return np.stack([self.reachable, self.selected, self.selected_rows, self.skipped_rows])
+
 
 class AttentionStats:
     """What one call left out.
@@ -120,10 +142,20 @@ class AttentionStats:
         The same for each sequence and head.
     """
 
-    __slots__ = ("_counts",)
+    __slots__ = ("source",)
 
-    def __init__(self, counts: Counts) -> None:
-        self._counts = counts
+    def __init__(self, counts: Any) -> None:
+        """Take `Counts`, or the same stacked in an array of any framework, read when asked for."""
+        self.source = counts
+        jax_calls.announce()
+
+    @property
+    def counts(self) -> Counts:
+        """What the shares are made of."""
+        if not isinstance(self.source, Counts):
+            # (..., 4, batch, heads): jax.vmap puts its own axes first.
+            self.source = Counts(*np.moveaxis(_as_int64(self.source), -3, 0))
+        return self.source
 
     @staticmethod
     def _shares(*counts: Any) -> tuple[Any, Any]:
@@ -136,15 +168,18 @@ class AttentionStats:
             kept_pv = kept * np.where(selected_rows > 0, 1 - skipped_rows / selected_rows, 1.0)
         return 1 - kept, 1 - kept_pv
 
+    @_outside
     def _per_head(self) -> tuple[Any, Any]:
-        c = self._counts
+        c = self.counts
         return self._shares(c.reachable, c.selected, c.selected_rows, c.skipped_rows)
 
-    def _total(self) -> tuple[Any, Any]:
-        c = self._counts
-        return self._shares(
+    @_outside
+    def _total(self) -> tuple[float, float]:
+        c = self.counts
+        qk, pv = self._shares(
             c.reachable.sum(), c.selected.sum(), c.selected_rows.sum(), c.skipped_rows.sum()
         )
+        return float(qk), float(pv)
 
     @property
     def qk_sparsity_per_head(self) -> npt.NDArray[np.float64]:
@@ -164,12 +199,12 @@ class AttentionStats:
     @property
     def qk_sparsity(self) -> float:
         """Share of Q·K block products not computed."""
-        return float(self._total()[0])
+        return self._total()[0]
 
     @property
     def pv_sparsity(self) -> float:
         """Share of P·V block products not computed."""
-        return float(self._total()[1])
+        return self._total()[1]
 
     @property
     def sparsity(self) -> float:
@@ -206,9 +241,9 @@ class BlockMap:
     mask: Any
     seqlen_q: int
     seqlen_k: int
-    _host: npt.NDArray[np.bool_]
-    _reachable: int
-    _row_mask: npt.NDArray[np.bool_] | None
+    _host: npt.NDArray[np.bool_] | None
+    _reachable: Any  # a number, or an array that holds one and is read when asked for
+    _row_mask: Any  # as reachable, an array of any framework after a trace
 
     def __init__(
         self,
@@ -216,9 +251,9 @@ class BlockMap:
         *,
         seqlen_q: int,
         seqlen_k: int,
-        host: npt.NDArray[np.bool_],
-        reachable: int,
-        row_mask: npt.NDArray[np.bool_] | None = None,
+        reachable: Any,
+        host: npt.NDArray[np.bool_] | None = None,
+        row_mask: Any = None,
     ) -> None:
         set_ = object.__setattr__
         if isinstance(mask, np.ndarray):
@@ -229,6 +264,7 @@ class BlockMap:
         set_(self, "_host", host)
         set_(self, "_reachable", reachable)
         set_(self, "_row_mask", row_mask)
+        jax_calls.announce()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse: a map may be in use by several calls."""
@@ -238,17 +274,28 @@ class BlockMap:
         """Refuse, as setting does."""
         raise AttributeError(f"a BlockMap is read-only: {name} cannot be deleted.")
 
+    @_outside
     def __reduce__(self) -> Any:
         """Let a map be copied and pickled, though none of its fields can be set."""
         make = partial(
             BlockMap,
             seqlen_q=self.seqlen_q,
             seqlen_k=self.seqlen_k,
-            host=self._host,
-            reachable=self._reachable,
-            row_mask=self._row_mask,
+            host=self.host_mask,
+            reachable=self._total_reachable(),
+            row_mask=self.row_mask,
         )
         return make, (self.mask,)
+
+    @property
+    def reachable(self) -> Any:
+        """How many blocks are reachable: a number, or an array that holds it."""
+        return self._reachable
+
+    def _total_reachable(self) -> int:
+        if isinstance(self._reachable, int):
+            return self._reachable
+        return int(_as_int64(self._reachable).sum())  # one number, or several after jax.vmap
 
     @property
     def row_mask(self) -> npt.NDArray[np.bool_] | None:
@@ -256,27 +303,36 @@ class BlockMap:
 
         None where `mask` says everything.
         """
+        return None if self._row_mask is None else _on_host(self._row_mask)
+
+    @property
+    def traced_row_mask(self) -> Any:
+        """`row_mask` as it is, for a trace: an array of any framework, or None."""
         return self._row_mask
 
     @property
     def host_mask(self) -> npt.NDArray[np.bool_]:
         """`mask` as a NumPy array, for backends on the host."""
-        return self._host
+        if self._host is None:  # made by a compiled graph, where no memory could be read
+            object.__setattr__(self, "_host", _on_host(self.mask).copy())
+        return self._host  # type: ignore[return-value]
 
     @property
+    @_outside
     def sparsity(self) -> float:
         """Share of the reachable blocks that are not computed."""
-        reachable = self._reachable
-        return 1.0 - float(self._host.sum()) / reachable if reachable else 0.0
+        reachable = self._total_reachable()
+        return 1.0 - float(self.host_mask.sum()) / reachable if reachable else 0.0
 
     def __repr__(self) -> str:
         """Show shape, lengths and sparsity."""
         return (
-            f"BlockMap(mask={'x'.join(map(str, self._host.shape))}, seqlen_q={self.seqlen_q}, "
+            f"BlockMap(mask={'x'.join(map(str, self.mask.shape))}, seqlen_q={self.seqlen_q}, "
             f"seqlen_k={self.seqlen_k}, sparsity={self.sparsity:.4f})"
         )
 
     @classmethod
+    @not_traced("BlockMap.from_mask reads the mask: make the map outside of the compiled function")
     def from_mask(
         cls, mask: Any, *, seqlen_q: int, seqlen_k: int, block_q: int = 128, block_k: int = 64
     ) -> BlockMap:
@@ -336,6 +392,11 @@ class BlockMap:
                 )
         adapter = adapter_of(mask, "mask")
         adapter.check(mask, "mask")
+        if adapter.is_traced(mask):
+            raise UnsupportedError(
+                "mask stands for values that come later, and BlockMap.from_mask reads them: make "
+                "the map outside of the traced function, and pass it in."
+            )
         device = adapter.device(mask)
         if device.kind != "cpu":
             raise no_gpu_yet("mask", device)
@@ -374,13 +435,33 @@ class BlockMap:
         )
 
 
+def _on_host(array: Any) -> npt.NDArray[Any]:
+    """View an array of any framework that lives in host memory."""
+    if isinstance(array, np.ndarray):
+        return array
+    adapter = adapter_of(array, "array")
+    view = None if adapter.is_traced(array) else adapter.view(array, "array")
+    if not isinstance(view, HostArray):
+        raise UnsupportedError(
+            "stats and block maps that are made inside a traced function have no values before it "
+            "has run: return them from the function, and read them outside."
+        )
+    return np.asarray(view.data)
+
+
+def _as_int64(counts: Any) -> npt.NDArray[np.int64]:
+    """Return counts that travel as int64 or, where JAX has none, in halves as uint32."""
+    values = np.ascontiguousarray(_on_host(counts))
+    return values if values.dtype == np.int64 else values.view(np.int64)
+
+
 def no_gpu_yet(name: str, device: Any) -> DeviceError:
     """Return the error for an array that no backend of this version can work on."""
     if device.kind == "cuda":
         return DeviceError(
-            f"{name} is on {device}, and this version of cusparge has no GPU backend yet: it runs "
-            "on the CPU only. Move the arrays to host memory (torch `.cpu()`, CuPy `.get()`, JAX "
-            "`jax.device_get`)."
+            f"{name} is on {device}, and this version of cusparge has no attention kernel for GPUs "
+            "yet: attention runs on the CPU only. Move the arrays to host memory (torch `.cpu()`, "
+            "CuPy `.get()`, JAX `jax.device_get`)."
         )
     return DeviceError(
         f"{name} is on {device}: cusparge works on host memory. Move the arrays there first "

@@ -1,25 +1,12 @@
-"""The public calls: adapt, check, compute, hand back."""
+"""The public calls: they are computed at once, or handed to the compiler that traces them."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
-
-from cusparge import _check
-from cusparge._arrays import Adapter, HostArray, adapter_for
-from cusparge._arrays.eager import not_traced
-from cusparge._backend import Backend, backend_for
-from cusparge._types import (
-    BLOCK_K,
-    BLOCK_Q,
-    AttentionStats,
-    BlockMap,
-    CausalAlign,
-    Layout,
-    Problem,
-    num_blocks,
-)
+from cusparge import _call, _graph
+from cusparge._arrays.torch_ops import in_graph
+from cusparge._types import BlockMap, CausalAlign, Layout
 from cusparge.policy import Policy
 
 __all__ = ["attention", "attention_varlen", "predict_block_map"]
@@ -27,7 +14,6 @@ __all__ = ["attention", "attention_varlen", "predict_block_map"]
 BackendName = Literal["auto", "cuda", "cpu", "reference"]
 
 
-@not_traced
 def attention(
     q: Any,
     k: Any,
@@ -118,31 +104,25 @@ def attention(
     >>> out.shape, lse.shape, out.dtype
     ((1, 2, 300, 64), (1, 2, 300), dtype('float32'))
     """
-    _check.refuse_unknown("attention", unsupported)
-    with_lse = _check.check_flag("return_lse", return_lse)
-    with_stats = _check.check_flag("return_stats", return_stats)
-    adapter, device = adapter_for(q=q, k=k, v=v)
-    chosen = backend_for(_check.check_backend(backend), device)
-    problem, views = _check.check_arrays(
-        {name: adapter.view(array, name) for name, array in (("q", q), ("k", k), ("v", v))},
-        policy=policy,
-        causal=causal,
-        causal_align=causal_align,
-        sm_scale=sm_scale,
-        layout=layout,
-        seqlens_k=seqlens_k,
-        device_kind=device.kind,
-    )
-    block_map = _check.check_block_map(block_map, problem)
-    if _check.check_flag("check_numerics", check_numerics):
-        _check.check_numerics(views, problem)
-    heads_first = layout == "HND"
-    return _compute(
-        chosen, adapter, q, problem, views, block_map, heads_first, with_lse, with_stats
-    )
+    options: dict[str, Any] = {
+        "policy": policy,
+        "block_map": block_map,
+        "causal": causal,
+        "causal_align": causal_align,
+        "sm_scale": sm_scale,
+        "layout": layout,
+        "seqlens_k": seqlens_k,
+        "return_lse": return_lse,
+        "return_stats": return_stats,
+        "check_numerics": check_numerics,
+        "backend": backend,
+        **unsupported,
+    }
+    if in_graph():
+        return _graph.torch.attention(q, k, v, **options)
+    return _call.attention(q, k, v, **options)
 
 
-@not_traced
 def attention_varlen(
     q: Any,
     k: Any,
@@ -203,68 +183,25 @@ def attention_varlen(
     >>> cusparge.attention_varlen(q, k, v, [0, 100, 300], [0, 100, 300]).shape
     (300, 2, 64)
     """
-    _check.refuse_unknown("attention_varlen", unsupported)
-    with_lse = _check.check_flag("return_lse", return_lse)
-    with_stats = _check.check_flag("return_stats", return_stats)
-    adapter, device = adapter_for(q=q, k=k, v=v)
-    chosen = backend_for(_check.check_backend(backend), device)
-    problem, views = _check.check_packed_arrays(
-        {name: adapter.view(array, name) for name, array in (("q", q), ("k", k), ("v", v))},
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        policy=policy,
-        causal=causal,
-        causal_align=causal_align,
-        sm_scale=sm_scale,
-        device_kind=device.kind,
-    )
-    if _check.check_flag("check_numerics", check_numerics):
-        _check.check_numerics(views, problem)
-    return _compute(chosen, adapter, q, problem, views, None, False, with_lse, with_stats)
+    options: dict[str, Any] = {
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "policy": policy,
+        "causal": causal,
+        "causal_align": causal_align,
+        "sm_scale": sm_scale,
+        "return_lse": return_lse,
+        "return_stats": return_stats,
+        "check_numerics": check_numerics,
+        "backend": backend,
+        **unsupported,
+    }
+    arrays = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if in_graph():
+        return _graph.torch.attention_varlen(*arrays, **options)
+    return _call.attention_varlen(*arrays, **options)
 
 
-def _compute(
-    backend: Backend,
-    adapter: Adapter,
-    q: Any,
-    problem: Problem,
-    views: dict[str, HostArray],
-    block_map: BlockMap | None,
-    heads_first: bool,
-    with_lse: bool,
-    with_stats: bool,
-) -> Any:
-    """Allocate the results in the caller's framework, and let the backend write them."""
-    out, finish_out = adapter.like(q)
-    ordered = out
-    if not heads_first:  # as the backend wants them
-        ordered = out.with_data(out.data.swapaxes(-3, -2))
-    lse = None
-    if with_lse:
-        shape: tuple[int, ...] = (problem.num_heads_q, problem.seqlen_q)
-        if not problem.packed:
-            shape = (problem.batch, *shape)
-        lse, finish_lse = adapter.new(shape, "float32", q)
-    counts = backend.attention(
-        problem,
-        views["q"],
-        views["k"],
-        views["v"],
-        block_map,
-        ordered,
-        None if lse is None else lse.data,
-    )
-    results = [finish_out()]
-    if with_lse:
-        results.append(finish_lse())
-    if with_stats:
-        results.append(AttentionStats(counts))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-@not_traced
 def predict_block_map(
     q: Any,
     k: Any,
@@ -307,31 +244,22 @@ def predict_block_map(
     >>> m.mask.shape, m.sparsity
     ((1, 1, 4, 8), 0.75)
     """
-    adapter, device = adapter_for(q=q, k=k)
-    chosen = backend_for(_check.check_backend(backend), device)
-    problem, views = _check.check_arrays(
-        {"q": adapter.view(q, "q"), "k": adapter.view(k, "k")},
-        policy=policy,
-        causal=causal,
-        causal_align=causal_align,
-        sm_scale=sm_scale,
-        layout=layout,
-        seqlens_k=seqlens_k,
-        device_kind=device.kind,
-    )
-    shape = (
-        problem.batch,
-        problem.num_heads_q,
-        num_blocks(problem.seqlen_q, BLOCK_Q),
-        num_blocks(problem.seqlen_k, BLOCK_K),
-    )
-    mask, finish = adapter.new(shape, "bool", q)
-    mask.data[...] = False
-    reachable = chosen.predict(problem, views["q"], views["k"], mask.data)
-    return BlockMap(
-        finish(),
-        seqlen_q=problem.seqlen_q,
-        seqlen_k=problem.seqlen_k,
-        host=np.array(mask.data),
-        reachable=reachable,
-    )
+    options: dict[str, Any] = {
+        "policy": policy,
+        "causal": causal,
+        "causal_align": causal_align,
+        "sm_scale": sm_scale,
+        "layout": layout,
+        "seqlens_k": seqlens_k,
+        "backend": backend,
+    }
+    if in_graph():
+        return _graph.torch.predict_block_map(q, k, **options)
+    return _call.predict_block_map(q, k, **options)
+
+
+_graph.install(
+    attention=_call.attention,
+    attention_varlen=_call.attention_varlen,
+    predict_block_map=_call.predict_block_map,
+)

@@ -63,7 +63,7 @@ def _threshold(name: str, value: Any, low: float, high: float, *, open_low: bool
             )
         return number
 
-    if hasattr(value, "tolist"):  # NumPy, torch, JAX and CuPy arrays and scalars
+    if not isinstance(value, (int, float)) and hasattr(value, "tolist"):  # arrays and scalars
         try:
             value = value.tolist()
         except (TypeError, ValueError, RuntimeError) as error:  # no data: torch's meta, tracers

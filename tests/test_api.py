@@ -28,6 +28,7 @@ NAMES = {
     "attention_varlen",
     "predict_block_map",
     "reference",
+    "warmup",
 }
 
 # Positional names, then keyword-only names with their defaults. A default that changes, changes
@@ -79,6 +80,7 @@ SIGNATURES = {
         },
         None,
     ),
+    "warmup": ([], {"dtypes": None, "head_dims": None}, None),
     "BlockMap.from_mask": (
         ["mask"],
         {

@@ -20,9 +20,13 @@ LAYERS = [
     ("policy",),
     ("_arrays",),
     ("_types",),
+    ("_options",),
     ("_check",),
-    ("_cpu",),
+    ("_cpu", "_cuda"),
     ("_backend",),
+    ("_graph",),
+    ("_pooling",),
+    ("_call",),
     ("attention",),
     ("",),  # cusparge/__init__.py
     ("viz",),
@@ -114,7 +118,7 @@ def test_every_import_follows_the_table():
 
 
 PLANTED = {
-    "upwards": ("policy", "from cusparge._check import check_flag"),
+    "upwards": ("policy", "from cusparge._check import check_arrays"),
     "upwards, the module itself": ("_types", "from cusparge import _cpu"),
     "upwards, relative": ("_arrays.view", "from .. import _check"),
     "upwards, inside a function": ("_check", "def f():\n    import cusparge._backend"),

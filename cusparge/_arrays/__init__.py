@@ -4,7 +4,17 @@ Everything that knows a framework lives in this package, and no framework is eve
 array is recognised by its type, whose module must then be loaded already.
 """
 
-from cusparge._arrays.adapters import Adapter, Device, adapter_for, adapter_of
-from cusparge._arrays.view import HostArray
+from cusparge._arrays.adapters import adapter_for, adapter_of
+from cusparge._arrays.protocol import Adapter
+from cusparge._arrays.view import Device, DeviceArray, HostArray, Outline, View
 
-__all__ = ["Adapter", "Device", "HostArray", "adapter_for", "adapter_of"]
+__all__ = [
+    "Adapter",
+    "Device",
+    "DeviceArray",
+    "HostArray",
+    "Outline",
+    "View",
+    "adapter_for",
+    "adapter_of",
+]

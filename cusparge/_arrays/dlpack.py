@@ -13,19 +13,39 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from cusparge._arrays.view import HostArray
+from cusparge._arrays.view import DeviceArray, HostArray, row_major
 from cusparge.errors import InvalidArgumentError
 
-__all__ = ["CPU", "CUDA", "device_of", "read_capsule", "read_host"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "device_of",
+    "is_cuda",
+    "is_host",
+    "read_capsule",
+    "read_device",
+    "read_host",
+]
 
 CPU = 1  # kDLCPU
 CUDA = 2  # kDLCUDA
 _HOST_KINDS = (CPU, 3)  # kDLCUDAHost: pinned memory is host memory
+_CUDA_KINDS = (CUDA, 13)  # kDLCUDAManaged
 
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
-_TYPESTR = {"bfloat16": "<u2", "bool8": "|b1"}
+#: fp8 formats have a code each; their names are those of ml_dtypes and torch.
+_FP8_CODES = {
+    7: "float8_e3m4",
+    8: "float8_e4m3",
+    9: "float8_e4m3b11fnuz",
+    10: "float8_e4m3fn",
+    11: "float8_e4m3fnuz",
+    12: "float8_e5m2",
+    13: "float8_e5m2fnuz",
+    14: "float8_e8m0fnu",
+}
+_TYPESTR = {"bfloat16": "<u2", "bool": "|b1"}
 
 
 class _DLDevice(ctypes.Structure):
@@ -108,24 +128,52 @@ def is_host(kind: int) -> bool:
     return kind in _HOST_KINDS
 
 
+def is_cuda(kind: int) -> bool:
+    """Tell whether DLPack's device kind is memory of a CUDA device."""
+    return kind in _CUDA_KINDS
+
+
 def read_host(array: Any, name: str) -> HostArray:
     """View the memory of a host array that speaks DLPack; the view keeps it alive."""
+    view = read_capsule(_export(array, name, {}), name)
+    if not isinstance(view, HostArray):
+        raise InvalidArgumentError(f"{name} is not in host memory (CUDA device {view.device}).")
+    return view
+
+
+def read_device(array: Any, name: str, *, stream: int | None = None) -> DeviceArray:
+    """View the memory of a CUDA array that speaks DLPack; the view keeps it alive.
+
+    `stream` is where the memory will be used, in DLPack's terms (1 is the legacy default stream):
+    the exporter makes it wait for what is still being written. None leaves the order to a caller
+    who knows that the memory is ready.
+    """
+    options = {} if stream is None else {"stream": stream}
+    view = read_capsule(_export(array, name, options), name)
+    if not isinstance(view, DeviceArray):
+        raise InvalidArgumentError(
+            f"{name} said that it lives on a CUDA device, and handed out host memory: its "
+            f"{type(array).__name__} breaks DLPack's rules. Pass a torch, CuPy or JAX array."
+        )
+    return view
+
+
+def _export(array: Any, name: str, options: dict[str, Any]) -> Any:
     try:
         try:
-            capsule = array.__dlpack__(max_version=(1, 0))
+            return array.__dlpack__(max_version=(1, 0), **options)
         except TypeError:  # an exporter from before DLPack 1.0
-            capsule = array.__dlpack__()
+            return array.__dlpack__(**options)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidArgumentError(
             f"{name} cannot be exported through DLPack: its {type(array).__name__} says "
             f"{str(error)!r}. Pass an ordinary strided array of float16, bfloat16, float32 or "
             "float64."
         ) from error
-    return read_capsule(capsule, name)
 
 
-def read_capsule(capsule: Any, name: str) -> HostArray:
-    """Take a DLPack capsule over host memory and view it as a `HostArray`."""
+def read_capsule(capsule: Any, name: str) -> HostArray | DeviceArray:
+    """Take a DLPack capsule, versioned or not, and view its memory."""
     if _is_valid(capsule, _NEW):
         address = _pointer(capsule, _NEW)
         versioned = _ManagedVersioned.from_address(address)
@@ -151,37 +199,50 @@ def read_capsule(capsule: Any, name: str) -> HostArray:
     return _view(tensor, owner, read_only, name)
 
 
-def _view(tensor: _DLTensor, owner: _Owner, read_only: bool, name: str) -> HostArray:
-    code, bits, lanes = tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes
-    kind = _CODES.get(code)
-    if kind is None or lanes != 1 or bits % 8:
-        raise InvalidArgumentError(
-            f"{name} has a dtype that is not understood: DLPack code {code}, {bits} bits, "
-            f"{lanes} lanes; allowed float16, bfloat16, float32 and float64."
-        )
-    if not is_host(tensor.device.kind):
-        raise InvalidArgumentError(f"{name} is not in host memory (DLPack {tensor.device.kind}).")
-    dtype = f"{kind}{bits}"
-    size = bits // 8
+def _view(tensor: _DLTensor, owner: _Owner, read_only: bool, name: str) -> HostArray | DeviceArray:
+    dtype, size = _element(tensor.dtype, name)
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     if tensor.strides:
-        strides = tuple(tensor.strides[i] * size for i in range(tensor.ndim))
-    else:  # row-major
-        strides = tuple(size * math.prod(shape[i + 1 :]) for i in range(tensor.ndim))
-    public_dtype = "bool" if kind == "bool" else dtype
-    if math.prod(shape) == 0:
-        empty: npt.NDArray[Any] = np.empty(shape, np.dtype(_TYPESTR.get(dtype, dtype)))
-        return HostArray(empty, public_dtype)
-    if not tensor.data:
+        steps = tuple(tensor.strides[i] for i in range(tensor.ndim))
+    else:
+        steps = row_major(shape)
+    kind = tensor.device.kind
+    empty = math.prod(shape) == 0
+    if not empty and not tensor.data and (is_host(kind) or is_cuda(kind)):
         raise InvalidArgumentError(
             f"{name} has shape {shape} but no memory: it may have been freed, or be a stand-in "
             "that holds no data. Pass an array with values."
         )
+    if is_cuda(kind):
+        pointer = 0 if empty else tensor.data + tensor.byte_offset
+        return DeviceArray(pointer, shape, steps, dtype, int(tensor.device.index), owner)
+    if not is_host(kind):
+        raise InvalidArgumentError(
+            f"{name} is on a device that cannot be used: got DLPack's kind {kind}; allowed are the "
+            "host and CUDA. Move it to one of these."
+        )
+    typestr = _TYPESTR.get(dtype, f"|u{size}" if dtype.startswith("float8") else dtype)
+    if empty:
+        return HostArray(np.empty(shape, np.dtype(typestr)), dtype)
     owner.__array_interface__ = {
         "version": 3,
         "shape": shape,
-        "strides": strides,
-        "typestr": np.dtype(_TYPESTR.get(dtype, dtype)).str,
+        "strides": tuple(step * size for step in steps),
+        "typestr": np.dtype(typestr).str,
         "data": (tensor.data + tensor.byte_offset, read_only),
     }
-    return HostArray(np.asarray(owner), public_dtype)
+    return HostArray(np.asarray(owner), dtype)
+
+
+def _element(dtype: _DLDataType, name: str) -> tuple[str, int]:
+    """Return the name of an element type, and its size in bytes."""
+    code, bits, lanes = dtype.code, dtype.bits, dtype.lanes
+    if lanes == 1 and bits == 8 and code in _FP8_CODES:
+        return _FP8_CODES[code], 1
+    kind = _CODES.get(code)
+    if kind is None or lanes != 1 or bits % 8 or (kind == "bool" and bits != 8):
+        raise InvalidArgumentError(
+            f"{name} has a dtype that is not understood: DLPack code {code}, {bits} bits, "
+            f"{lanes} lanes; allowed float16, bfloat16, float32 and float64."
+        )
+    return "bool" if kind == "bool" else f"{kind}{bits}", bits // 8

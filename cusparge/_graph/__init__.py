@@ -1,0 +1,36 @@
+"""The public calls while torch or JAX traces: one operator, or one callback, for each of them.
+
+A trace holds no values, so nothing here computes. The eager functions of `cusparge._call` come in
+through `install`, and run later, when the compiled graph does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cusparge._graph import jax, jax_pooling, torch, torch_pooling
+
+__all__ = ["install", "install_pooling", "jax", "of", "pooling_of", "torch", "torch_pooling"]
+
+
+def install(**eager: Callable[..., Any]) -> None:
+    """Take the eager functions by the names of the public calls."""
+    torch.install(eager)
+    jax.install(eager)
+
+
+def of(framework: str) -> Any:
+    """Return the module that puts calls into graphs of a framework."""
+    return {"torch": torch, "jax": jax}[framework]
+
+
+def install_pooling(eager: Callable[..., Any]) -> None:
+    """Take the eager function for pooling."""
+    torch_pooling.install(eager)
+    jax_pooling.install(eager)
+
+
+def pooling_of(framework: str) -> Any:
+    """Return the module that puts pooling into graphs of a framework."""
+    return {"torch": torch_pooling, "jax": jax_pooling}[framework]

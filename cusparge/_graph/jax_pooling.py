@@ -1,0 +1,100 @@
+"""Pooling as a callback in a program of JAX: its kernels on a GPU, the eager function elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cusparge import _check
+from cusparge._arrays import DeviceArray, Outline, jax_calls
+from cusparge._arrays.view import row_major
+from cusparge.errors import InvalidArgumentError
+
+__all__ = ["install", "pool_blocks"]
+
+_eager: list[Callable[..., Any]] = []
+
+
+def install(eager: Callable[..., Any]) -> None:
+    """Take the eager function that the host callback runs."""
+    _eager[:] = [eager]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """One call on one array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    block: int
+    smooth: bool
+    layout: str
+    has_lengths: bool  # an int32 array of them comes after x
+
+    def _heads_first(self, pointer: int, device: int) -> DeviceArray:
+        """Describe x, row-major as XLA hands it over, as (B, H, S, D)."""
+        view = DeviceArray(pointer, self.shape, row_major(self.shape), self.dtype, device)
+        return view if self.layout == "HND" else view.swapaxes(1, 2)
+
+    def _plan(self) -> Any:
+        from cusparge._cuda.backend import pool_plan_of  # `import cusparge` does without
+
+        return pool_plan_of(self._heads_first(0, 0), self.block, self.smooth, self.has_lengths)
+
+    def outputs(self) -> tuple[Outline, ...]:
+        """Return the pooled arrays, and the workspace of a GPU."""
+        plan = self._plan()
+        pooled = tuple(Outline(one.shape, "float32") for one in plan.outputs)
+        return (*pooled, Outline((plan.workspace_bytes,), "uint8"))
+
+    def host(self, *arrays: Any) -> Sequence[Any]:
+        """Compute on the host."""
+        x, *lengths = arrays
+        tokens = self._heads_first(0, 0).shape[2]
+        made = _eager[0](
+            x,
+            block=self.block,
+            smooth=self.smooth,
+            layout=self.layout,
+            seqlens=np.clip(lengths[0], 0, tokens) if lengths else None,
+        )
+        workspace = np.empty(self._plan().workspace_bytes, np.uint8)
+        token_mean = () if made.token_mean is None else (made.token_mean,)
+        return (made.mean, made.similarity, *token_mean, workspace)
+
+    def device(
+        self, stream: int, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
+    ) -> None:
+        """Queue the kernels on XLA's stream."""
+        from cusparge._cuda.launch import run
+
+        plan = self._plan()
+        addresses = {one.name: out.pointer for one, out in zip(plan.outputs, outputs, strict=False)}
+        addresses["workspace"] = outputs[-1].pointer
+        addresses["x"] = inputs[0].pointer
+        addresses["lengths"] = inputs[1].pointer if self.has_lengths else 0
+        run(plan, addresses, device=inputs[0].device, stream=stream)
+
+
+def pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> tuple[Any, ...]:
+    """Bind pooling into the program that JAX traces; the token mean is None if not asked for."""
+    outline = Outline(tuple(x.shape), str(x.dtype))
+    view = _check.check_one_array(outline, "x", layout)
+    if view.dtype == "float64":
+        raise InvalidArgumentError(
+            "x has dtype float64: allowed in a compiled program are float16, bfloat16 and float32. "
+            "Convert it first."
+        )
+    arrays = [x]
+    if seqlens is not None:
+        if _check.is_host_list(seqlens):
+            batch, tokens = view.shape[0], view.shape[2]
+            lengths = _check.check_lengths(seqlens, "seqlens", batch, tokens, "cpu")
+            seqlens = np.array(lengths, np.int32)
+        arrays.append(jax_calls.as_int32(seqlens))
+    work = _Pool(outline.shape, outline.dtype, block, smooth, layout, len(arrays) == 2)
+    made = jax_calls.call(work, arrays)
+    return (*made[:2], made[2] if smooth else None)
