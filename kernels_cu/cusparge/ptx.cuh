@@ -482,6 +482,14 @@ CS_DEV void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
+// ---- Floating Point: mul (float64) --------------------------------------------------------------
+// Rounded by itself: what the compiler could fuse with an addition, it may not.
+CS_DEV double mul_rn(double a, double b) {
+  double r;
+  asm("mul.rn.f64 %0, %1, %2;" : "=d"(r) : "d"(a), "d"(b));
+  return r;
+}
+
 }  // namespace cusparge::ptx
 
 #endif  // CUSPARGE_PTX_CUH
