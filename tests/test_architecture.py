@@ -25,7 +25,7 @@ LAYERS = [
     ("_cpu", "_cuda"),
     ("_backend",),
     ("_graph",),
-    ("_pooling",),
+    ("stage1",),
     ("_call",),
     ("attention",),
     ("",),  # cusparge/__init__.py

@@ -22,6 +22,14 @@ EXAMPLES = {
     "choose_policy.py": (r"TopCdf\(cdf_threshold=0\.\d+, sim_threshold=-?\d\.\d\)", None),
     "what_inspect_shows.py": (r"all heads together: sparsity \d+\.\d%", None),
     "packed_sequences.py": (r"(same bytes as alone: True(.|\n)*){5}", None),
+    "jax_jit.py": (r"programs compiled: 1\nsame bits as outside of jit: True", "jax"),
+    "compile_for_a_fleet.py": (r"on the other machine: \d+ kernels", "cuda.pathfinder"),
+}
+
+#: Those that need a GPU, and say so without one.
+GPU_EXAMPLES = {
+    "cupy_arrays.py": (r"cupy \(1, 8, 64, 64\) on device 0", "cupy"),
+    "torch_cuda_graph.py": (r"replay gives the bits of the eager call: True", "torch"),
 }
 
 
@@ -40,17 +48,57 @@ def run(script, **extra):
 
 def test_every_example_is_listed_and_short():
     scripts = {path.name: path.read_text() for path in FOLDER.glob("*.py")}
-    assert scripts.keys() == EXAMPLES.keys()
+    assert scripts.keys() == EXAMPLES.keys() | GPU_EXAMPLES.keys()
     for name, text in scripts.items():
         assert len(text.splitlines()) < 60, name
         assert "\nassert " in text or "    assert " in text, f"{name} proves nothing"
 
 
+def _skip_without(needed):
+    try:
+        missing = needed is not None and importlib.util.find_spec(needed) is None
+    except ModuleNotFoundError:  # the package around it is missing
+        missing = True
+    if missing:
+        pytest.skip(f"{needed} is not installed")
+
+
+@pytest.mark.parametrize("name", GPU_EXAMPLES)
+def test_example_for_a_gpu_without_one(name):
+    from cusparge._cuda import devices
+
+    _skip_without(GPU_EXAMPLES[name][1])
+    if devices.list_gpus():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, FOLDER / name],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("nothing done")
+    assert "GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_EXAMPLES)
+def test_example_on_a_gpu(name):
+    from cusparge._cuda import devices
+
+    pattern, needed = GPU_EXAMPLES[name]
+    _skip_without(needed)
+    if not devices.list_gpus():
+        pytest.skip("no NVIDIA GPU")
+    assert re.search(pattern, run(FOLDER / name))
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name):
     pattern, needed = EXAMPLES[name]
-    if needed and importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
+    _skip_without(needed)
     printed = run(FOLDER / name)
     assert re.search(pattern.replace(r"\de-", r"\d\.?\d*e-"), printed), printed
 

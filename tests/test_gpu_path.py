@@ -14,7 +14,7 @@ from cusparge import DeviceError, InvalidArgumentError, UnsupportedError
 from cusparge._arrays import foreign
 from cusparge._arrays.torch import TorchAdapter
 from cusparge._cuda import launch, module
-from cusparge._pooling import pool_blocks
+from cusparge.stage1 import pool_blocks
 
 pytestmark = [
     pytest.mark.emulated,

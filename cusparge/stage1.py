@@ -1,4 +1,12 @@
-"""Pooled blocks of one array: stage 1's view of q or k, on whatever device the array lives."""
+"""Stage 1 by itself: blocks of q or k pooled, on whatever device the array lives.
+
+>>> import numpy as np
+>>> from cusparge.stage1 import pool_blocks
+>>> k = np.random.default_rng(0).standard_normal((1, 2, 300, 64), dtype=np.float32)
+>>> pooled = pool_blocks(k, block=64, smooth=True)
+>>> pooled.mean.shape, pooled.similarity.shape, pooled.token_mean.shape
+((1, 2, 5, 64), (1, 2, 5), (1, 2, 64))
+"""
 
 from __future__ import annotations
 
