@@ -12,7 +12,7 @@ import pytest
 from compare import assert_refused, assert_same_bits
 
 from cusparge import DeviceError, InvalidArgumentError, UnsupportedError, attention
-from cusparge._arrays import dlpack
+from cusparge._arrays import DeviceArray, dlpack
 
 RNG = np.random.default_rng(7)  # what is computed does not matter here
 Q, K, V = RNG.standard_normal((3, 1, 2, 140, 16), np.float32)
@@ -156,11 +156,14 @@ def test_a_used_capsule_is_refused(versioned):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"code": 10, "bits": 8}, ["dtype", "code 10"]),
+        ({"code": 15, "bits": 8}, ["dtype", "code 15"]),
+        ({"code": 10, "bits": 16}, ["dtype", "code 10", "16 bits"]),
+        ({"code": 10, "bits": 8, "lanes": 2}, ["dtype", "code 10", "2 lanes"]),
         ({"lanes": 4}, ["dtype", "4 lanes"]),
         ({"bits": 4}, ["dtype", "4 bits"]),
-        ({"device_type": 2}, ["not in host memory"]),
+        ({"device_type": 10}, ["on a device that cannot be used", "kind 10"]),
         ({"data": None}, ["no memory"]),
+        ({"data": None, "device_type": 2}, ["no memory"]),
     ],
 )
 def test_what_is_refused_is_given_back_once(versioned, fields, words):
@@ -170,6 +173,63 @@ def test_what_is_refused_is_given_back_once(versioned, fields, words):
     )
     gc.collect()
     assert len(exporter.deleted) == 1
+
+
+@both
+@pytest.mark.parametrize("kind", [2, 13])
+def test_memory_of_a_gpu_is_described_and_not_read(versioned, kind):
+    array = np.broadcast_to(V[0, :, ::-1], (3, *V[0].shape))
+    exporter = Exporter(array, versioned=versioned, device_type=kind, device_id=3)
+    exporter.record.tensor.data, exporter.record.tensor.byte_offset = 0x7000_0000_0000, 256
+    view = dlpack.read_capsule(exporter.capsule(), "q")
+    assert type(view) is DeviceArray
+    assert view.pointer == 0x7000_0000_0100
+    assert view.shape == array.shape
+    assert view.strides == (0, 140 * 16, -16, 1)
+    assert (view.dtype, view.device) == ("float32", 3)
+    part = view.swapaxes(0, 1)
+    del view
+    gc.collect()
+    assert exporter.deleted == [], "the memory was given back under a view's feet"
+    del part
+    gc.collect()
+    assert len(exporter.deleted) == 1
+
+
+def test_an_empty_array_of_a_gpu_has_no_address():
+    exporter = Exporter(V[:0], versioned=True, device_type=2)
+    exporter.record.tensor.data = None
+    view = dlpack.read_capsule(exporter.capsule(), "q")
+    assert (view.pointer, view.shape) == (0, (0, *V.shape[1:]))
+
+
+class Export:
+    """An array that hands out one capsule, and keeps what it was asked for."""
+
+    def __init__(self, exporter):
+        self.exporter, self.asked = exporter, {}
+
+    def __dlpack__(self, **options):
+        self.asked = options
+        return self.exporter.capsule()
+
+
+@both
+def test_readers_refuse_memory_of_the_other_kind(versioned):
+    there = Export(Exporter(Q, versioned=versioned, device_type=2, device_id=1))
+    here = Export(Exporter(Q, versioned=versioned))
+    refused = "q is not in host memory (CUDA device 1)"
+    assert_refused(InvalidArgumentError, lambda: dlpack.read_host(there, "q"), refused)
+    refused = "k said that it lives on a CUDA device, and handed out host memory"
+    assert_refused(
+        InvalidArgumentError, lambda: dlpack.read_device(here, "k", stream=7), refused, "Export"
+    )
+    assert here.asked == {"max_version": (1, 0), "stream": 7}
+    gc.collect()
+    for array in (there, here):
+        assert len(array.exporter.deleted) == 1
+    assert dlpack.read_device(Export(there.exporter), "q").pointer == Q.ctypes.data
+    assert_same_bits(dlpack.read_host(Export(here.exporter), "q").data, Q)
 
 
 def test_a_later_major_version_is_left_to_its_exporter():
@@ -206,13 +266,35 @@ def test_small_and_empty_shapes(versioned, shape):
 
 @pytest.mark.parametrize(
     ("code", "bits", "dtype"),
-    [(0, 64, "i8"), (1, 8, "u1"), (2, 16, "f2"), (2, 64, "f8"), (4, 16, "u2"), (6, 8, "?")],
+    [(0, 64, "i8"), (1, 8, "u1"), (2, 16, "f2"), (2, 64, "f8"), (4, 16, "u2"), (6, 8, "?")]
+    + [(code, 8, "u1") for code in range(7, 15)],
 )
-def test_dtypes(code, bits, dtype):
-    array = np.array([0, 1, 0], dtype)
+def test_dtypes(foreign, code, bits, dtype):
+    array = np.array([0, 1, 0], dtype).reshape(1, 1, 1, 3)
     exporter = Exporter(array, versioned=True, code=code, bits=bits)
     view = dlpack.read_capsule(exporter.capsule(), "q")
     assert_same_bits(view.data, array)
+    names = {0: "int64", 1: "uint8", 4: "bfloat16", 6: "bool", 10: "float8_e4m3fn"}
+    assert view.dtype == names.get(code, view.dtype)
+    if code in range(7, 15):  # understood, and no dtype of q, k or v
+        array = Fresh(exporter)
+        words = [f"q has dtype {view.dtype}", "allowed float16"]
+        assert_refused(InvalidArgumentError, lambda: attention(array, array, array), *words)
+
+
+class Fresh:
+    """An array of a framework of its own, which hands out a capsule of `exporter` when asked."""
+
+    __module__ = "somebodys_arrays"
+
+    def __init__(self, exporter):
+        self.exporter = exporter
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **options):
+        return self.exporter.capsule()
 
 
 class Old:

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from cusparge import (
     attention_varlen,
     predict_block_map,
 )
+from cusparge._arrays import torch_ops
 from cusparge._types import AttentionStats
 
 torch = pytest.importorskip("torch", reason="needs torch")
@@ -150,7 +152,7 @@ CASES = {
     "lengths in a tensor": of(seqlens_k=torch.tensor(LENGTHS)),
     "lengths in NumPy": of(seqlens_k=np.array(LENGTHS, np.uint8)),
     "lengths as tensors": lambda q, k, v: attention(
-        q, k, v, seqlens_k=[torch.tensor(100), torch.tensor(3)]
+        q, k, v, seqlens_k=[(q[0, 0, 0, 0] * 0).long() + 100, torch.tensor(3)]
     ),
     "map outside": of(block_map=MAP),
     "map of 64 rows": of(block_map=FINE),
@@ -204,7 +206,10 @@ def test_empty(empty):
     }[empty]
 
     def function(q, k, v):
-        return attention(q, k, v, return_lse=True, return_stats=True), predict_block_map(q, k).mask
+        mask = predict_block_map(q, k).mask
+        # The last one has the shape that the tracer was told.
+        made = attention(q, k, v, return_lse=True, return_stats=True)
+        return made, mask, mask.new_ones(mask.shape)
 
     assert_equal(compiled(function)(q, k, v), function(q, k, v))
 
@@ -340,6 +345,31 @@ def test_reading_values_breaks_the_graph():
     ):
         with pytest.raises(Exception, match=words):
             compiled(read)()
+
+
+def test_the_operators_are_registered_once(monkeypatch):
+    made = []
+
+    class Slow:
+        def __init__(self, *args):
+            time.sleep(0.02)
+            made.append(args)
+
+        def define(self, *args, **options):
+            made.append(args)
+
+        impl = define
+
+    monkeypatch.setattr(torch_ops, "_libraries", [])
+    monkeypatch.setattr(torch.library, "Library", Slow)
+    monkeypatch.setattr(torch.library, "register_fake", Slow.define)
+    threads = [threading.Thread(target=torch_ops._define) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made.count(("cusparge", "DEF")) == 1
+    assert len(torch_ops._libraries) == 1
 
 
 # ---- fresh processes ----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cusparge._arrays.torch import TorchAdapter, needs_gradient
+from cusparge._arrays.torch import TorchAdapter
 from cusparge.errors import InvalidArgumentError, UnsupportedError, shown
 from cusparge.policy import Dense, TopCdf, TopK
 
@@ -86,7 +86,7 @@ _define._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
-    """Refuse gradients, also those that a compiled torch.func.grad or jvp asks for."""
+    """Refuse gradients while tracing, also those that a compiled torch.func.grad or jvp wants."""
     torch = sys.modules["torch"]
     for argument, value in zip(_tensors[name], arguments, strict=False):
         if value is not None:
@@ -105,12 +105,7 @@ def _refuse_batches(*arguments: Any) -> Any:
 def call(name: str, *arguments: Any) -> Any:
     """Call an operator. Traced."""
     _define()
-    torch = sys.modules["torch"]
-    if torch.is_grad_enabled():
-        for argument, value in zip(_tensors[name], arguments, strict=False):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise UnsupportedError(needs_gradient(argument))
-    return getattr(torch.ops.cusparge, name).default(*arguments)
+    return getattr(sys.modules["torch"].ops.cusparge, name).default(*arguments)
 
 
 def not_traced(reason: str) -> Callable[[_Function], _Function]:
