@@ -84,7 +84,7 @@ def attention(
     InvalidArgumentError
         An argument is wrong; the message names it and says how to mend it.
     UnsupportedError
-        An input requires gradients or is traced by JAX, or a mask or dropout was asked for.
+        An input requires gradients, or a mask or dropout was asked for.
     DeviceError
         The arrays live on a device without a backend.
 

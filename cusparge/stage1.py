@@ -17,7 +17,7 @@ import numpy as np
 
 from cusparge import _check, _graph, _options
 from cusparge._arrays import Adapter, DeviceArray, adapter_for, adapter_of
-from cusparge._arrays.torch_ops import in_graph
+from cusparge._arrays.torch_ops import in_graph, is_recording, not_traced
 from cusparge._cpu import pooling as on_cpu
 from cusparge._cuda import backend as on_gpu
 from cusparge._cuda.launch import run
@@ -84,6 +84,12 @@ def pool_blocks(
     """
     if in_graph():
         return PooledBlocks(*_graph.torch_pooling.pool_blocks(x, block, smooth, layout, seqlens))
+    return _pool_blocks(x, block, smooth, layout, seqlens)
+
+
+@not_traced("it is computed at once")
+def _pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> PooledBlocks:
+    """Pool an array that has values, or hand it to whoever traces."""
     adapter = adapter_of(x, "x")
     signature = adapter.signature(x)
     if signature is not None and seqlens is None:
@@ -103,9 +109,14 @@ def pool_blocks(
             f"block is not a block size: got {shown(block)}; allowed 64 and 128."
         )
     smooth = _options.check_flag("smooth", smooth)
-    if adapter.is_traced(x) or adapter.is_traced(seqlens):
+    recorded = adapter.framework == "torch" and is_recording()
+    if recorded or adapter.is_traced(x) or adapter.is_traced(seqlens):
         trace = _graph.pooling_of(adapter.framework).pool_blocks
         return PooledBlocks(*trace(x, size, smooth, layout, seqlens))
+    if device.kind not in ("cpu", "cuda"):
+        raise DeviceError(
+            f"x is on {device}: allowed are the host and CUDA devices. Move it to one of these."
+        )
     view = _check.check_one_array(adapter.view(x, "x"), "x", layout)
     if device.kind == "cuda":
         lengths = _device_lengths(adapter, x, view, seqlens)
@@ -115,10 +126,6 @@ def pool_blocks(
                 _known.clear()
             _known[key] = (view.device, plan)
         return _launch(adapter, x, lengths, view.device, plan, view)
-    if device.kind != "cpu":
-        raise DeviceError(
-            f"x is on {device}: allowed are the host and CUDA devices. Move it to one of these."
-        )
     host_lengths = _check.check_lengths(seqlens, "seqlens", view.shape[0], view.shape[2], "cpu")
     made = {
         name: adapter.new(shape, "float32", x)
@@ -127,6 +134,11 @@ def pool_blocks(
     outputs = {name: out.data for name, (out, _) in made.items()}
     on_cpu.pool_blocks(view, host_lengths, size, outputs)
     return PooledBlocks(**{_FIELDS[name]: finish() for name, (_, finish) in made.items()})
+
+
+def _run(x: Any, *, block: int, smooth: bool, layout: str, seqlens: Any) -> PooledBlocks:
+    """Pool when a compiled graph runs."""
+    return _pool_blocks(x, block, smooth, layout, seqlens)
 
 
 #: Calls on CUDA arrays that have passed every check: signature and options -> device and plan.
@@ -197,4 +209,4 @@ def _device_lengths(
     return lengths_view
 
 
-_graph.install_pooling(pool_blocks)
+_graph.install_pooling(_run, PooledBlocks)

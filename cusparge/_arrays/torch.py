@@ -108,6 +108,8 @@ class TorchAdapter:
             return None
         if torch.autograd.forward_ad._current_level >= 0 or _is_functorch(array):
             return None
+        if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+            return None  # operators are recorded
         return array.shape, array.stride(), array.dtype, array.device
 
     def address(self, array: Any) -> int:

@@ -25,10 +25,10 @@ def of(framework: str) -> Any:
     return {"torch": torch, "jax": jax}[framework]
 
 
-def install_pooling(eager: Callable[..., Any]) -> None:
-    """Take the eager function for pooling."""
+def install_pooling(eager: Callable[..., Any], result: Callable[..., Any]) -> None:
+    """Take the eager function for pooling, and the class of what it returns."""
     torch_pooling.install(eager)
-    jax_pooling.install(eager)
+    jax_pooling.install(eager, result)
 
 
 def pooling_of(framework: str) -> Any:

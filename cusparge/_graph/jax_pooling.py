@@ -18,9 +18,14 @@ __all__ = ["install", "pool_blocks"]
 _eager: list[Callable[..., Any]] = []
 
 
-def install(eager: Callable[..., Any]) -> None:
-    """Take the eager function that the host callback runs."""
+def install(eager: Callable[..., Any], result: Any) -> None:
+    """Take the eager function that the host callback runs, and let JAX know what it returns."""
     _eager[:] = [eager]
+    jax_calls.register(
+        result,
+        lambda made: ((made.mean, made.similarity, made.token_mean), None),
+        lambda _, parts: result(*parts),
+    )
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class _Pool:
 
 def pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> tuple[Any, ...]:
     """Bind pooling into the program that JAX traces; the token mean is None if not asked for."""
+    jax_calls.announce()
     outline = Outline(tuple(x.shape), str(x.dtype))
     view = _check.check_one_array(outline, "x", layout)
     if view.dtype == "float64":
@@ -90,8 +96,14 @@ def pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> t
         )
     arrays = [x]
     if seqlens is not None:
-        if _check.is_host_list(seqlens):
-            batch, tokens = view.shape[0], view.shape[2]
+        batch, tokens = view.shape[0], view.shape[2]
+        if not _check.is_host_list(seqlens):
+            if str(seqlens.dtype) not in ("int32", "int64") or seqlens.shape != (batch,):
+                raise InvalidArgumentError(
+                    f"seqlens does not fit: got {seqlens.dtype} of shape {seqlens.shape}; allowed "
+                    f"is int32 of shape ({batch},), one length for each sequence. Convert it."
+                )
+        else:
             lengths = _check.check_lengths(seqlens, "seqlens", batch, tokens, "cpu")
             seqlens = np.array(lengths, np.int32)
         arrays.append(jax_calls.as_int32(seqlens))

@@ -67,7 +67,7 @@ def attention(
 ) -> Any:
     """Put the operator for `attention` into the graph."""
     _refuse_unknown("attention", unsupported)
-    with_lse, with_stats = _flag("return_lse", return_lse), _flag("return_stats", return_stats)
+    with_lse, with_stats = flag("return_lse", return_lse), flag("return_stats", return_stats)
     torch_ops.check_tensors(q=q, k=k, v=v)
     mask = row_mask = map_lengths = None
     if block_map is not None:
@@ -85,8 +85,8 @@ def attention(
         "attention",
         *(q, k, v, mask, row_mask, lengths),
         *_shared(policy, causal, causal_align, sm_scale),
-        *(_word("layout", layout), lengths_list, map_lengths),
-        *(_flag("check_numerics", check_numerics), _word("backend", backend)),
+        *(word("layout", layout), lengths_list, map_lengths),
+        *(flag("check_numerics", check_numerics), word("backend", backend)),
     )
     return results(out, lse, counts, with_lse, with_stats)
 
@@ -112,7 +112,7 @@ def attention_varlen(
 ) -> Any:
     """Put the operator for `attention_varlen` into the graph."""
     _refuse_unknown("attention_varlen", unsupported)
-    with_lse, with_stats = _flag("return_lse", return_lse), _flag("return_stats", return_stats)
+    with_lse, with_stats = flag("return_lse", return_lse), flag("return_stats", return_stats)
     torch_ops.check_tensors(q=q, k=k, v=v)
     edges_q, edges_q_list = _edges(cu_seqlens_q, "cu_seqlens_q")
     edges_k, edges_k_list = _edges(cu_seqlens_k, "cu_seqlens_k")
@@ -123,7 +123,7 @@ def attention_varlen(
         *(edges_q_list, edges_k_list),
         torch_ops.whole(max_seqlen_q, "max_seqlen_q"),
         torch_ops.whole(max_seqlen_k, "max_seqlen_k"),
-        *(_flag("check_numerics", check_numerics), _word("backend", backend)),
+        *(flag("check_numerics", check_numerics), word("backend", backend)),
     )
     return results(out, lse, counts, with_lse, with_stats)
 
@@ -147,7 +147,7 @@ def predict_block_map(
         "predict_block_map",
         *(q, k, lengths),
         *_shared(policy, causal, causal_align, sm_scale),
-        *(_word("layout", layout), lengths_list, _word("backend", backend)),
+        *(word("layout", layout), lengths_list, word("backend", backend)),
     )
     tokens = 2 if layout == "HND" else 1
     return BlockMap(mask, seqlen_q=q.shape[tokens], seqlen_k=k.shape[tokens], reachable=reachable)
@@ -158,15 +158,15 @@ def _shared(policy: Any, causal: Any, causal_align: Any, sm_scale: Any) -> tuple
     sm_scale = torch_ops.number(sm_scale, "sm_scale")
     return (
         *torch_ops.fields(policy),
-        *(_flag("causal", causal), _word("causal_align", causal_align), sm_scale),
+        *(flag("causal", causal), word("causal_align", causal_align), sm_scale),
     )
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
     return _options.check_flag(name, torch_ops.printable(value))
 
 
-def _word(name: str, value: Any) -> str:
+def word(name: str, value: Any) -> str:
     """Return a word; whether it is one of those allowed is checked when the operator runs."""
     if isinstance(value, str):
         return value

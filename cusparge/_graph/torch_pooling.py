@@ -7,7 +7,7 @@ from typing import Any
 
 from cusparge import _check
 from cusparge._arrays import torch_ops
-from cusparge._graph.torch import outlines
+from cusparge._graph.torch import flag, outlines, word
 from cusparge._types import pooled_shapes
 
 __all__ = ["install", "pool_blocks"]
@@ -28,8 +28,13 @@ def install(eager: Callable[..., Any]) -> None:
 
 def pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> tuple[Any, ...]:
     """Put the operator for pooling into the graph; the token mean is None if not asked for."""
-    lengths, lengths_list = torch_ops.lengths(seqlens)
-    made = torch_ops.call("pool_blocks", x, lengths, block, smooth, layout, lengths_list)
+    torch_ops.check_tensors(x=x)
+    smooth = flag("smooth", smooth)
+    block = torch_ops.whole(block, "block")
+    lengths, lengths_list = torch_ops.lengths(seqlens, "seqlens")
+    made = torch_ops.call(
+        "pool_blocks", x, lengths, block, smooth, word("layout", layout), lengths_list
+    )
     return (*made[:2], made[2] if smooth else None)
 
 
