@@ -58,6 +58,8 @@ def attention(
     with_numerics = _options.check_flag("check_numerics", check_numerics)
     backend = _options.check_backend(backend)
     adapter, device = adapter_for(q=q, k=k, v=v)
+    if device.kind == "cuda":  # also JAX's, whose callback could only say it less clearly
+        backend_for(backend, device)
     common = {
         "policy": policy,
         "causal": causal,
@@ -120,6 +122,8 @@ def attention_varlen(
     with_numerics = _options.check_flag("check_numerics", check_numerics)
     backend = _options.check_backend(backend)
     adapter, device = adapter_for(q=q, k=k, v=v)
+    if device.kind == "cuda":  # also JAX's, whose callback could only say it less clearly
+        backend_for(backend, device)
     common = {
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
@@ -211,6 +215,8 @@ def predict_block_map(
     """Compute `cusparge.predict_block_map`."""
     backend = _options.check_backend(backend)
     adapter, device = adapter_for(q=q, k=k)
+    if device.kind == "cuda":  # also JAX's, whose callback could only say it less clearly
+        backend_for(backend, device)
     common = {
         "policy": policy,
         "causal": causal,

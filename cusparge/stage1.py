@@ -20,7 +20,7 @@ from cusparge._arrays import Adapter, DeviceArray, adapter_for, adapter_of
 from cusparge._arrays.torch_ops import in_graph, is_recording, not_traced
 from cusparge._cpu import pooling as on_cpu
 from cusparge._cuda import backend as on_gpu
-from cusparge._cuda.launch import run
+from cusparge._cuda.launch import functions, run
 from cusparge._cuda.params import Plan
 from cusparge._types import Layout, pooled_shapes, whole_number
 from cusparge.errors import DeviceError, InvalidArgumentError, shown
@@ -158,6 +158,7 @@ def _launch(
     view: DeviceArray | None = None,
 ) -> PooledBlocks:
     """Allocate in the caller's framework, and queue the kernels on its stream."""
+    kernels = functions(plan, device, adapter.is_capturing)
     pointer = adapter.address(x) if view is None else view.pointer
     addresses = {"x": pointer, "lengths": 0 if lengths is None else lengths.pointer}
     made = {}
@@ -168,8 +169,7 @@ def _launch(
     if plan.workspace_bytes:
         shape = (plan.workspace_bytes,)
         workspace, addresses["workspace"] = adapter.empty(shape, "uint8", x)
-    stream = adapter.stream(device)
-    run(plan, addresses, device=device, stream=stream, capturing=adapter.is_capturing)
+    run(plan, addresses, device=device, stream=adapter.stream(device), kernels=kernels)
     adapter.queued((view, lengths, workspace), device)
     finish = adapter.finish
     return PooledBlocks(**{_FIELDS[name]: finish(array) for name, array in made.items()})

@@ -11,6 +11,7 @@ from stand_in_gpu import StandInGpu, numpy_of
 from test_dlpack import Exporter
 
 from cusparge import DeviceError, InvalidArgumentError, UnsupportedError
+from cusparge._arrays import cupy as cupy_arrays
 from cusparge._arrays import foreign
 from cusparge._arrays.torch import TorchAdapter
 from cusparge._cuda import launch, module
@@ -200,6 +201,35 @@ def test_a_capture_takes_lengths_from_the_device_only(gpu, torch, rng):
     )
     pool_blocks(x, seqlens=torch.tensor([150, 65], dtype=torch.int32))
     assert len(gpu.launches) == 1
+
+
+def test_kernels_are_there_before_anything_is_allocated(gpu, torch, rng, monkeypatch):
+    """What keeps kernels from loading keeps frameworks from allocating, and ours says why."""
+
+    def kernel(variant, device, **options):
+        raise DeviceError("started CUDA before fork")
+
+    def allocate(*arguments):
+        raise AssertionError("allocated first")
+
+    monkeypatch.setattr(module, "kernel", kernel)
+    monkeypatch.setattr(TorchAdapter, "empty", allocate)
+    tensor = torch.from_numpy(inputs(rng))
+    assert_refused(DeviceError, lambda: pool_blocks(tensor, smooth=True), "before fork")
+
+
+def test_a_captured_graph_of_cupy_keeps_its_workspace(gpu, cupy, rng, monkeypatch):
+    """CuPy's pool would hand it to somebody else, and a replay would write there."""
+    kept = []
+    monkeypatch.setattr(cupy_arrays, "_captured", kept)
+    x = gpu.cupy_array(inputs(rng))
+    pool_blocks(x, smooth=True)
+    assert not kept
+    gpu.capturing = True
+    pool_blocks(x)
+    assert not kept, "there is no workspace without a mean"
+    pool_blocks(x, smooth=True)
+    assert len(kept) == 1
 
 
 def test_a_capture_is_told_to_the_loader(gpu, torch, rng, monkeypatch):

@@ -12,6 +12,11 @@ from cusparge.errors import DeviceError, InvalidArgumentError
 __all__ = ["CupyAdapter", "allocate", "upload"]
 
 
+#: Memory that CUDA graphs write to whenever they are replayed. CuPy does not tell when a graph is
+#: gone, so it stays.
+_captured: list[Any] = []
+
+
 class CupyAdapter:
     """CuPy arrays, those of ml_dtypes' bfloat16 included."""
 
@@ -90,7 +95,10 @@ class CupyAdapter:
         return bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
 
     def queued(self, views: tuple[Any, ...], device: int) -> None:
-        """Nothing is to be kept: CuPy's pool orders reuse by the stream."""
+        """Keep what a captured graph writes to; else CuPy's pool orders reuse by the stream."""
+        workspace = views[-1]
+        if workspace is not None and self.is_capturing():
+            _captured.append(workspace)
 
 
 def allocate(shape: tuple[int, ...], dtype: Any, device: int) -> Any:

@@ -68,7 +68,7 @@ class Adapter(Protocol):
         """Tell whether a CUDA graph is being captured on the current stream."""
 
     def queued(self, views: tuple[Any, ...], device: int) -> None:
-        """Be told that work on `views` has been queued on the current stream."""
+        """Be told that work on `views`, the workspace last, is queued on the current stream."""
 
 
 class HostOnly:

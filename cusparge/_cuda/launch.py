@@ -12,7 +12,7 @@ from cusparge._cuda import devices, module
 from cusparge._cuda.params import Launch, Plan
 from cusparge.errors import DeviceError
 
-__all__ = ["run"]
+__all__ = ["functions", "run"]
 
 #: CuPy passes a NumPy array of one element by value: one dtype for each size of struct.
 _struct_types: dict[int, np.dtype[np.void]] = {}
@@ -27,13 +27,36 @@ class _Stream:
         self.ptr = handle
 
 
+def functions(plan: Plan, device: int, capturing: Callable[[], bool] | None = None) -> list[Any]:
+    """Return the kernel of each launch, compiled and loaded.
+
+    To be called before anything is allocated: what keeps a kernel from being loaded (no GPU, a
+    fork, a capture) would keep frameworks from allocating too, and they say it less clearly.
+
+    Parameters
+    ----------
+    plan : Plan
+        What will be launched.
+    device : int
+        CUDA's index of the device.
+    capturing : callable, optional
+        Tells whether the stream is being captured; asked where a kernel has to be loaded first.
+
+    Raises
+    ------
+    CompileError, DeviceError
+        A kernel is missing, or the device cannot be used.
+    """
+    return [module.kernel(one.variant, device, capturing=capturing) for one in plan.launches]
+
+
 def run(
     plan: Plan,
     addresses: dict[str, int],
     *,
     device: int,
     stream: int,
-    capturing: Callable[[], bool] | None = None,
+    kernels: list[Any] | None = None,
 ) -> None:
     """Queue every launch of `plan`; nothing waits for the GPU.
 
@@ -47,29 +70,33 @@ def run(
         CUDA's index of the device; it is made current for the launches and the caller's restored.
     stream : int
         Handle of the stream, 0 for the legacy default stream.
-    capturing : callable, optional
-        Tells whether the stream is being captured; asked where a kernel has to be loaded first.
+    kernels : list, optional
+        What `functions` returned.
 
     Raises
     ------
     CompileError, DeviceError
-        A kernel is missing or the launch fails; nothing that follows it is queued.
+        A kernel is missing or a launch fails; nothing that follows it is queued.
     """
-    functions = [module.kernel(one.variant, device, capturing=capturing) for one in plan.launches]
+    if not plan.launches:
+        return
+    if kernels is None:
+        kernels = functions(plan, device)
     runtime = devices.require_cupy().cuda.runtime
     wanted = _Stream(stream)
     structs = plan.fill(**addresses)
-    before = runtime.getDevice()
-    if before != device:
-        runtime.setDevice(device)
+    one = plan.launches[0]
+    before = device
     try:
-        for function, one, params in zip(functions, plan.launches, structs, strict=True):
-            try:
-                function(one.grid, one.block, (_by_value(params),), one.shared_bytes, wanted)
-                if _DEBUG:
-                    runtime.streamSynchronize(stream)
-            except Exception as error:
-                raise DeviceError(_failed(one, device, error)) from error
+        before = runtime.getDevice()
+        if before != device:
+            runtime.setDevice(device)
+        for function, one, params in zip(kernels, plan.launches, structs, strict=True):
+            function(one.grid, one.block, (_by_value(params),), one.shared_bytes, wanted)
+            if _DEBUG:
+                runtime.streamSynchronize(stream)
+    except Exception as error:
+        raise DeviceError(_failed(one, device, error)) from error
     finally:
         if before != device:
             runtime.setDevice(before)
