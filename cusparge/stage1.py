@@ -159,20 +159,15 @@ def _launch(
 ) -> PooledBlocks:
     """Allocate in the caller's framework, and queue the kernels on its stream."""
     kernels = functions(plan, device, adapter.is_capturing)
-    pointer = adapter.address(x) if view is None else view.pointer
-    addresses = {"x": pointer, "lengths": 0 if lengths is None else lengths.pointer}
-    made = {}
-    for one in plan.outputs:
-        made[one.name], addresses[one.name] = adapter.empty(one.shape, "float32", x)
-    workspace = None
-    addresses["workspace"] = 0
-    if plan.workspace_bytes:
-        shape = (plan.workspace_bytes,)
-        workspace, addresses["workspace"] = adapter.empty(shape, "uint8", x)
+    made, pointers = adapter.empty(plan.shapes, x)
+    addresses = {"workspace": 0}
+    addresses.update(zip(plan.names, pointers, strict=True))
+    addresses["x"] = adapter.address(x) if view is None else view.pointer
+    addresses["lengths"] = 0 if lengths is None else lengths.pointer
     run(plan, addresses, device=device, stream=adapter.stream(device), kernels=kernels)
+    workspace = made.pop() if plan.workspace_bytes else None
     adapter.queued((view, lengths, workspace), device)
-    finish = adapter.finish
-    return PooledBlocks(**{_FIELDS[name]: finish(array) for name, array in made.items()})
+    return PooledBlocks(*map(adapter.finish, made))  # the plan's outputs are in this order
 
 
 def _device_lengths(

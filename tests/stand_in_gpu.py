@@ -122,12 +122,13 @@ class StandInGpu:
             TorchAdapter, "device", lambda _, array: Device("cuda", self.device_of(array))
         )
 
-        def empty(adapter, shape, dtype, array):
+        def empty(adapter, shapes, array):
             import torch
 
-            out = torch.full(shape, 7, dtype=getattr(torch, dtype))
-            self.know(out.data_ptr(), out.untyped_storage().nbytes(), out)
-            return out, out.data_ptr()
+            made = [torch.full(shape, 7, dtype=torch.float32) for shape in shapes]
+            for one in made:
+                self.know(one.data_ptr(), one.untyped_storage().nbytes(), one)
+            return made, [one.data_ptr() for one in made]
 
         monkeypatch.setattr(TorchAdapter, "empty", empty)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from cusparge._arrays.protocol import NO_UPLOAD, Finish
@@ -71,10 +72,10 @@ class CupyAdapter:
         """Return where the first element of a CUDA array lies."""
         return int(array.data.ptr)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, array: Any) -> tuple[Any, int]:
+    def empty(self, shapes: Sequence[tuple[int, ...]], array: Any) -> tuple[list[Any], list[int]]:
         """Allocate from CuPy's pool."""
-        out = allocate(shape, dtype, array.device.id)
-        return out, int(out.data.ptr)
+        made = [allocate(shape, "float32", array.device.id) for shape in shapes]
+        return made, [int(one.data.ptr) for one in made]
 
     def finish(self, made: Any) -> Any:
         """Return it: it is the caller's kind of array already."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,11 +98,12 @@ class DlpackAdapter:
         """Never needed: an array without a signature is viewed."""
         raise NotImplementedError
 
-    def empty(self, shape: tuple[int, ...], dtype: str, array: Any) -> tuple[Any, int]:
+    def empty(self, shapes: Sequence[tuple[int, ...]], array: Any) -> tuple[list[Any], list[int]]:
         """Allocate from CuPy's pool."""
         _cupy()
-        out = allocate(shape, dtype, dlpack.device_of(array)[1])
-        return out, int(out.data.ptr)
+        device = dlpack.device_of(array)[1]
+        made = [allocate(shape, "float32", device) for shape in shapes]
+        return made, [int(one.data.ptr) for one in made]
 
     def finish(self, made: Any) -> Any:
         """Hand CuPy's memory over to the framework."""

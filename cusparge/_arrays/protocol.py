@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from cusparge._arrays.view import Device
@@ -52,8 +52,8 @@ class Adapter(Protocol):
     def address(self, array: Any) -> int:
         """Return where the first element of a CUDA array with a signature lies."""
 
-    def empty(self, shape: tuple[int, ...], dtype: str, array: Any) -> tuple[Any, int]:
-        """Return an uninitialised array beside a CUDA `array`, and its address."""
+    def empty(self, shapes: Sequence[tuple[int, ...]], array: Any) -> tuple[list[Any], list[int]]:
+        """Return uninitialised float32 arrays beside a CUDA `array`, and their addresses."""
 
     def finish(self, made: Any) -> Any:
         """Return what `empty` made, once work on it is queued, as the caller's kind of array."""
@@ -86,7 +86,7 @@ class HostOnly:
         """Never needed: no array of this framework is a `DeviceArray`."""
         raise NotImplementedError
 
-    def empty(self, shape: tuple[int, ...], dtype: str, array: Any) -> tuple[Any, int]:
+    def empty(self, shapes: Sequence[tuple[int, ...]], array: Any) -> tuple[list[Any], list[int]]:
         """Never needed: no array of this framework is a `DeviceArray`."""
         raise NotImplementedError
 

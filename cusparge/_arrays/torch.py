@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from cusparge._arrays import dlpack
@@ -116,11 +117,12 @@ class TorchAdapter:
         """Return where the first element of a CUDA array lies."""
         return int(array.data_ptr())
 
-    def empty(self, shape: tuple[int, ...], dtype: str, array: Any) -> tuple[Any, int]:
+    def empty(self, shapes: Sequence[tuple[int, ...]], array: Any) -> tuple[list[Any], list[int]]:
         """Allocate with torch, whose allocator knows the current stream."""
         torch = sys.modules["torch"]
-        out = torch.empty(shape, dtype=getattr(torch, dtype), device=array.device)
-        return out, out.data_ptr()
+        make, dtype, device = torch.empty, torch.float32, array.device
+        made = [make(shape, dtype=dtype, device=device) for shape in shapes]
+        return made, [one.data_ptr() for one in made]
 
     def finish(self, made: Any) -> Any:
         """Return it: it is the caller's kind of array already."""

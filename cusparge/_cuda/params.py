@@ -99,6 +99,18 @@ class Plan:
     launches: tuple[Launch, ...]
 
     @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """What to allocate as float32 arrays: the outputs and, if there is one, the workspace."""
+        workspace = ((-(-self.workspace_bytes // 4),),) if self.workspace_bytes else ()
+        return (*(one.shape for one in self.outputs), *workspace)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names that `fill` takes the addresses of `shapes` by."""
+        workspace = ("workspace",) if self.workspace_bytes else ()
+        return (*(one.name for one in self.outputs), *workspace)
+
+    @cached_property
     def _packers(self) -> tuple[Any, ...]:
         # Every struct has two pointers or more: itemgetter of one name would return no tuple.
         return tuple(
