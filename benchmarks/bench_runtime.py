@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_run import ROOT, source_state, write_json
+from gpu_run import ROOT, outcome, source_state, write_json
 
 RESULT = ROOT / "benchmarks" / "results" / "runtime.json"
 
@@ -54,8 +55,10 @@ if gpus:  # its context takes longer than everything else here
     cupy.cuda.Device(gpus[0].index).use()
     cupy.cuda.runtime.free(0)
 begin = time.perf_counter()
-made = [build.build(variant, arch) for variant in variants.default_variants(arch)]
+made = [build.peek(variant, arch) for variant in variants.default_variants(arch)]
 found = time.perf_counter()
+if None in made:
+    raise SystemExit("a kernel is not in the cache: its source or NVRTC has changed meanwhile")
 modules = [cupy.RawModule(path=str(one.path)) for one in made]
 handed = time.perf_counter()
 for module, one in zip(modules, made) if gpus else ():
@@ -97,7 +100,12 @@ def fresh(script: str, cache: Path, mode: str = "lazy") -> list[float]:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        said = done.stderr.strip().splitlines()[-1:]
+        if said and said[0].startswith(("ImportError", "ModuleNotFoundError")):
+            raise ImportError(said[0])
+        # What a signal ends says nothing, or lists its modules; its name tells more.
+        how = [f"a fresh process: {outcome(done.returncode)}"]
+        raise RuntimeError((how if done.returncode < 0 or not said else said)[0])
     return [float(word) for word in done.stdout.split()]
 
 
@@ -338,7 +346,8 @@ def main() -> int:
     try:
         report["versions"]["nvrtc"] = ".".join(map(str, nvrtc.load().version))
     except CompileError as error:
-        report["not_measured"].append(f"compiling: {str(error).splitlines()[0]}")
+        reason = str(error).partition("\n")[0]
+        report["not_measured"].append(f"loading and compiling: {reason}")
 
     def late() -> bool:
         return time.monotonic() - begin > options.seconds
@@ -349,11 +358,18 @@ def main() -> int:
         "loading": lambda: loading(archs, options.repeats, late),
         "compiling": lambda: compiling(archs, threads, options.repeats, late),
     }
+    if "nvrtc" not in report["versions"]:
+        del steps["loading"], steps["compiling"]
+    failed = False
     for name, step in steps.items():
         try:
             report[name] = step()
-        except (ImportError, RuntimeError) as error:  # a package is missing
+        except ImportError as error:  # a package is missing
             report["not_measured"].append(f"{name}: {error}")
+        except Exception as error:  # keeps no other step from being measured
+            failed = True
+            report["not_measured"].append(f"FAILED {name}: {type(error).__name__}: {error}")
+            traceback.print_exc()
         if name in ("loading", "compiling"):
             measured = {row["arch"] for row in report.get(name, [])}
             left = [arch for arch in archs if arch not in measured]
@@ -363,7 +379,7 @@ def main() -> int:
         write_json(options.output, report)
         print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     print(*report["summary"], sep="\n")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

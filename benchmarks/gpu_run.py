@@ -22,12 +22,12 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,8 @@ class Part(NamedTuple):
     what: str
 
 
-#: Most important first.
+#: Most important first. A benchmark that is added needs a line here, and nothing else; kernels and
+#: tests that are added are found by the parts "compile" and "tests".
 PARTS = (
     Part("environment", "gpu_facts.py environment", 4, "GPU, driver, clocks, versions"),
     Part("compile", "gpu_facts.py compile", 10, "every kernel for this GPU: time, registers"),
@@ -69,7 +70,11 @@ PARTS = (
 #: Seconds below which a part is not begun, and seconds kept for the end.
 LEAST = 5.0
 RESERVE = 3.0
+#: Seconds to end in after SIGTERM: for a process, and for a part, which ends its own ones first.
+PATIENCE = 2.0
+PATIENCE_WITH_PARTS = 10.0
 OUT_OF_TIME = "not run: out of time"
+INTERRUPTED = "interrupted"
 
 
 def count_gpus() -> int | str:
@@ -115,6 +120,14 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder, and remove it in the end."""
+    folder = tempfile.TemporaryDirectory(prefix="cusparge-gpu-", ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
+
+
 def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
     """Start a process that leads a group of its own."""
     if sys.platform == "win32":
@@ -124,19 +137,64 @@ def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
 
-def kill_group(process: subprocess.Popen[Any]) -> None:
-    """End a process and everything that it has started; what leads a group of its own ends it."""
+def kill_group(process: subprocess.Popen[Any], patience: float = PATIENCE) -> None:
+    """End a process and its group; a group that it has started itself is for it to end in time."""
     if sys.platform == "win32":
         command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
         subprocess.run(command, capture_output=True, check=False)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
         return
-    for number, patience in ((signal.SIGTERM, 2), (signal.SIGKILL, 10)):
+    for number, time_left in ((signal.SIGTERM, patience), (signal.SIGKILL, 10)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(time_left)
+
+
+class Interrupts:
+    """Signals that end this process, which looks for them where it waits for another one.
+
+    An exception out of the handler could come where a process is being started or ended, and leave
+    it running.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        """Take the signals, except those that this process was started to ignore."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._tell)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _tell(self, number: int, frame: object) -> None:
+        self.told = True
+
+    def wait(self, process: subprocess.Popen[Any], seconds: float) -> int | None:
+        """Return the exit status, or None where there is none after that time or a signal."""
+        end = time.monotonic() + seconds
+        while not self.told and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(min(left, 0.2))
+        return None
+
+
+def say(text: str) -> None:
+    """Print a text, unless nobody reads any more: the results are in the file."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # what is in the buffer goes there as well
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -164,8 +222,10 @@ def outcome(code: int | None) -> str:
     return "ok" if code == 0 else f"failed: exit status {code}"
 
 
-def run_part(part: Part, seconds: float, folder: Path, log: Path) -> dict[str, Any]:
-    """Run a part to its end or its limit; return what is to be recorded."""
+def run_part(
+    part: Part, seconds: float, folder: Path, log: Path, interrupts: Interrupts
+) -> dict[str, Any]:
+    """Run a part to its end, its limit or an interrupt; return what is to be recorded."""
     result = folder / f"{part.name}.json"
     words = part.command.replace("{seconds}", f"{max(seconds - 4, 1):.0f}").split()
     command = [sys.executable, str(HERE / words[0]), *words[1:], "-o", str(result)]
@@ -178,23 +238,21 @@ def run_part(part: Part, seconds: float, folder: Path, log: Path) -> dict[str, A
             command, cwd=ROOT, env=environment(folder / "kernels"), stdout=file, stderr=file
         )
         try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:  # after an interrupt too; and what it left running is ended with it
-            kill_group(process)
+            code = interrupts.wait(process, seconds)
+        finally:  # what it left running is ended with it
+            kill_group(process, PATIENCE_WITH_PARTS)
     record: dict[str, Any] = {
-        "status": outcome(code),
+        "status": INTERRUPTED if code is None and interrupts.told else outcome(code),
         "seconds": round(time.monotonic() - begin, 1),
         "limit": round(seconds, 1),
         "command": part.command,
     }
-    try:
-        record["result"] = json.loads(result.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record["result"] = None
-    if isinstance(record["result"], dict) and "skipped" in record["result"]:
-        record["status"] = f"skipped: {record['result']['skipped']}"
+    found = None
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(result.read_text(encoding="utf-8"))
+    record["result"] = found if isinstance(found, dict) else None
+    if isinstance(found, dict) and "skipped" in found and code in (0, 1):
+        record["status"] = f"skipped: {found['skipped']}"
     if code != 0:
         text = log.read_bytes()[begin_of_text:].decode(errors="replace")
         record["log_tail"] = text.splitlines()[-30:]
@@ -227,37 +285,34 @@ def run(parts: list[Part], minutes: float, out: Path) -> int:
         "parts": records,
     }
     write_json(path, report)
-    folder = Path(tempfile.mkdtemp(prefix="cusparge-gpu-run-"))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with Interrupts() as interrupts, temporary_folder() as folder, contextlib.ExitStack() as last:
+        last.callback(finish, path, report, parts, begin)
         for number, part in enumerate(parts):
             left = end - time.monotonic()
             share = part.share / sum(other.share for other in parts[number:])
             # Few parts: all get their share. Little time: the most important ones get enough.
             limit = min(left, max(left * share, LEAST))
-            if limit < min(LEAST, 60 * minutes / 4):
+            if interrupts.told:
+                records[part.name] = {"status": f"not run: {INTERRUPTED}"}
+            elif limit < min(LEAST, 60 * minutes / 4):
                 records[part.name] = {"status": OUT_OF_TIME}
             else:
-                records[part.name] = {"status": "interrupted"}
-                records[part.name] = run_part(part, limit, folder, log)
-                print(line(part.name, records[part.name]), flush=True)
+                records[part.name] = run_part(part, limit, folder, log, interrupts)
+                say(line(part.name, records[part.name]))
             write_json(path, report)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        for part in parts:
-            records.setdefault(part.name, {"status": "not run: interrupted"})
+    if interrupts.told:
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        shutil.rmtree(folder, ignore_errors=True)
-        report["complete"] = all(
-            part.name in records and "run" not in records[part.name]["status"] for part in parts
-        )
-        report["seconds"] = round(time.monotonic() - begin, 1)
-        write_json(path, report)
-        print(table(report), flush=True)
     fine = all(r["status"] == "ok" or r["status"].startswith("skipped") for r in records.values())
     return 0 if fine else 1
+
+
+def finish(path: Path, report: dict[str, Any], parts: list[Part], begin: float) -> None:
+    """Write and print how it ended."""
+    ended = [report["parts"].get(part.name, {}).get("status", "not run") for part in parts]
+    report["complete"] = not any(text.startswith(("not run", INTERRUPTED)) for text in ended)
+    report["seconds"] = round(time.monotonic() - begin, 1)
+    write_json(path, report)
+    say(table(report))
 
 
 def line(name: str, record: dict[str, Any]) -> str:

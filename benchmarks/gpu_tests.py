@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,13 +24,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_run import ROOT, kill_group, outcome, start, write_json
+from gpu_run import ROOT, Interrupts, kill_group, outcome, start, temporary_folder, write_json
 
 #: Names the file of records, one JSON object a line; set for pytest alone.
 VARIABLE = "CUSPARGE_GPU_TESTS"
 #: Seconds of one test, and processes at most.
 EACH = 120
 STARTS = 8
+#: The fate of a process that has no fault of its own.
+STOPPED = "out of time, or interrupted"
 
 #: A test file with tests for a GPU.
 _GPU_FILE = re.compile(r"\bmark\.gpu\b|\bgpu_tools\.marks\(")
@@ -200,51 +202,60 @@ def run_tests(
 ) -> dict[str, Any]:
     """Run the tests, in as many processes as it takes; the report is kept up to date."""
     begin = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="cusparge-gpu-tests-"))
-    records = folder / "records"
     paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        VARIABLE: str(records),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    starts, report = 0, {}
-    while starts < STARTS and time.monotonic() - begin < seconds:
-        starts += 1
-        process = start(
-            command_line("-p", "gpu_tests", *words), cwd=ROOT, env=environment, stdout=log
-        )
-        fate = None
-        try:
-            while fate is None:
-                try:
-                    code = process.wait(0.5)
-                    fate = "ended" if code in (0, 1, 2, 5) else outcome(code)
-                except subprocess.TimeoutExpired:
-                    current = running(read(records))
-                    if time.monotonic() - begin > seconds:
-                        fate = "out of time"
-                    elif current is not None and time.time() - current[1] > each:
-                        fate = f"hung: more than {each:g} s"
-                report = summarise(read(records), starts, time.monotonic() - begin)
-                write_json(output, report)
-        finally:
-            kill_group(process)
-        found = read(records)
-        current = running(found)
-        if fate != "ended" and fate != "out of time":
-            if current is None and found["begun"].keys() == found["ended"].keys():
-                name = "the process of pytest" if not found["begun"] else "after the last test"
-            else:
-                name = current[0] if current else "between tests"
-            told = {"id": name, "outcome": fate.partition(":")[0], "text": fate}
-            with open(records, "a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps(told) + "\n")
-        if found["finished"] is not None or fate == "out of time" or not found["collected"]:
-            break
-    report = summarise(read(records), starts, time.monotonic() - begin)
+    starts = 0
+    with Interrupts() as interrupts, temporary_folder() as folder:
+        records = folder / "records"
+        environment = os.environ | {
+            VARIABLE: str(records),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+        while starts < STARTS and time.monotonic() - begin < seconds:
+            starts += 1
+            process = start(
+                command_line("-p", "gpu_tests", *words), cwd=ROOT, env=environment, stdout=log
+            )
+            fate = None
+            try:
+                while fate is None:
+                    code = interrupts.wait(process, 0.5)
+                    fate = _fate(code, records, each)
+                    if code is None and (interrupts.told or time.monotonic() - begin > seconds):
+                        fate = STOPPED
+                    report = summarise(read(records), starts, time.monotonic() - begin)
+                    write_json(output, report)
+            finally:
+                kill_group(process)
+            found = read(records)
+            if fate not in ("ended", STOPPED):
+                with open(records, "a", encoding="utf-8") as file:
+                    file.write("\n" + json.dumps(_blame(found, fate)) + "\n")
+            if interrupts.told or fate == STOPPED:
+                break
+            if found["finished"] is not None or not found["collected"]:
+                break
+        report = summarise(read(records), starts, time.monotonic() - begin)
     write_json(output, report)
-    shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def _fate(code: int | None, records: Path, each: float) -> str | None:
+    """Return how a process of pytest ended, or that it hangs; None: it goes on."""
+    if code is not None:
+        return "ended" if code in (0, 1, 2, 5) else outcome(code)
+    current = running(read(records))
+    hangs = current is not None and time.time() - current[1] > each
+    return f"hung: more than {each:g} s" if hangs else None
+
+
+def _blame(found: dict[str, Any], fate: str) -> dict[str, str]:
+    """Return the record of the test that took its process along."""
+    current = running(found)
+    if current is None and found["begun"].keys() == found["ended"].keys():
+        name = "the process of pytest" if not found["begun"] else "after the last test"
+    else:
+        name = current[0] if current else "between tests"
+    return {"id": name, "outcome": fate.partition(":")[0], "text": fate}
 
 
 # -- compute-sanitizer -------------------------------------------------------------------------
@@ -277,15 +288,25 @@ def sanitize(tool: str) -> dict[str, Any]:
     if sanitizer is None:
         return {"skipped": "compute-sanitizer is neither on PATH nor in a CUDA toolkit"}
     command = [sanitizer, "--tool", tool, "--target-processes", "all", "--print-limit", "20"]
-    done = subprocess.run(
-        [*command, *command_line(*WATCHED)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    print(done.stdout, done.stderr)
-    return judge(tool, done.stdout + done.stderr)
+    with tempfile.TemporaryFile() as file, Interrupts() as interrupts:
+        process = start(
+            [*command, *command_line(*WATCHED)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            code = interrupts.wait(process, math.inf)
+        finally:
+            kill_group(process)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    print(text)
+    return judge(tool, text) if code is not None else unfinished(tool, text)
+
+
+def unfinished(tool: str, text: str) -> dict[str, Any]:
+    """Return what is known of a run that was stopped: its errors show in its text so far."""
+    told = [line for line in text.splitlines() if line.startswith("=========")]
+    summary = ["stopped before its end", *told[:8]]
+    return {"tool": tool, "errors": None, "passed": 0, "text": told[:60], "summary": summary}
 
 
 def judge(tool: str, text: str) -> dict[str, Any]:
@@ -297,7 +318,7 @@ def judge(tool: str, text: str) -> dict[str, Any]:
         reason = next((line for line in told if "not supported" in line), "it says no summary")
         return {"skipped": f"compute-sanitizer cannot be used: {reason}"}
     errors = max(map(int, totals))
-    result = {
+    result: dict[str, Any] = {
         "tool": tool,
         "errors": errors,
         "passed": int(passed[1]) if passed else 0,
@@ -319,7 +340,6 @@ def main() -> int:
     )
     parser.add_argument("words", nargs="*", help="files and options for pytest, behind --")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.sanitizer:
         report = sanitize(options.sanitizer)
         write_json(options.output, report)

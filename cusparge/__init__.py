@@ -13,6 +13,9 @@ compiles and loads the GPU kernels ahead of the first call.
 (SpargeAttn, arXiv:2502.18137).
 """
 
+import importlib
+from typing import Any
+
 from cusparge import reference
 from cusparge._cuda import background as _background
 from cusparge._types import AttentionStats, BlockMap
@@ -48,5 +51,13 @@ __all__ = [
     "reference",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `cusparge.stage1` when it is first named: `import cusparge` does without."""
+    if name == "stage1":
+        return importlib.import_module("cusparge.stage1")
+    raise AttributeError(f"module 'cusparge' has no attribute {name!r}")
+
 
 _background.start()

@@ -58,7 +58,7 @@ def attention(
     with_numerics = _options.check_flag("check_numerics", check_numerics)
     backend = _options.check_backend(backend)
     adapter, device = adapter_for(q=q, k=k, v=v)
-    if device.kind == "cuda":  # also JAX's, whose callback could only say it less clearly
+    if device.kind == "cuda" and adapter.framework != "torch":  # JAX would say it late, wrapped
         backend_for(backend, device)
     common = {
         "policy": policy,
@@ -122,7 +122,7 @@ def attention_varlen(
     with_numerics = _options.check_flag("check_numerics", check_numerics)
     backend = _options.check_backend(backend)
     adapter, device = adapter_for(q=q, k=k, v=v)
-    if device.kind == "cuda":  # also JAX's, whose callback could only say it less clearly
+    if device.kind == "cuda" and adapter.framework != "torch":  # JAX would say it late, wrapped
         backend_for(backend, device)
     common = {
         "max_seqlen_q": max_seqlen_q,
@@ -215,7 +215,7 @@ def predict_block_map(
     """Compute `cusparge.predict_block_map`."""
     backend = _options.check_backend(backend)
     adapter, device = adapter_for(q=q, k=k)
-    if device.kind == "cuda":  # also JAX's, whose callback could only say it less clearly
+    if device.kind == "cuda" and adapter.framework != "torch":  # JAX would say it late, wrapped
         backend_for(backend, device)
     common = {
         "policy": policy,

@@ -18,6 +18,7 @@ from cusparge._types import BlockMap, Problem, whole_number
 from cusparge.errors import InvalidArgumentError, shown
 
 __all__ = [
+    "check_alignment",
     "check_arrays",
     "check_block_map",
     "check_lengths",
@@ -202,6 +203,18 @@ def is_host_list(given: Any) -> bool:
     return isinstance(given, np.ndarray) or not hasattr(given, "__dlpack__")
 
 
+def check_alignment(name: str, view: View) -> None:
+    """Refuse a CUDA array at an address that the GPU cannot read its elements from."""
+    if not isinstance(view, DeviceArray) or 0 in view.shape:
+        return
+    size = np.dtype(FLOAT_DTYPES.get(view.dtype, view.dtype)).itemsize
+    if view.pointer % size:
+        raise InvalidArgumentError(
+            f"{name} is not aligned: its elements of {size} bytes start at an address that is no "
+            f"multiple of {size}. Pass a copy (torch `.clone()`, CuPy `.copy()`)."
+        )
+
+
 def check_one_array(view: AnyView, name: str, layout: Any) -> AnyView:
     """Check an array (B, H, S, D) alone; return its view in HND order."""
     layout = check_choice("layout", layout, ("HND", "NHD"))
@@ -215,6 +228,7 @@ def check_one_array(view: AnyView, name: str, layout: Any) -> AnyView:
         )
     _check_head_dim(name, view.shape)
     _check_strides({name: view})
+    check_alignment(name, view)
     return view if layout == "HND" else view.swapaxes(1, 2)
 
 

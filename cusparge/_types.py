@@ -392,14 +392,14 @@ class BlockMap:
                 )
         adapter = adapter_of(mask, "mask")
         adapter.check(mask, "mask")
+        device = adapter.device(mask)
+        if device.kind not in ("cpu", "traced"):
+            raise no_gpu_yet("mask", device)
         if adapter.is_traced(mask):
             raise UnsupportedError(
                 "mask stands for values that come later, and BlockMap.from_mask reads them: make "
                 "the map outside of the traced function, and pass it in."
             )
-        device = adapter.device(mask)
-        if device.kind != "cpu":
-            raise no_gpu_yet("mask", device)
         view = adapter.view(mask, "mask")
         given = view.data
         if (view.dtype != "bool" and given.dtype.kind not in "iu") or view.dtype == "bfloat16":

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cusparge._arrays import Adapter, DeviceArray, adapter_for, adapter_of
 from cusparge._arrays.torch_ops import in_graph, is_recording, not_traced
 from cusparge._cpu import pooling as on_cpu
 from cusparge._cuda import backend as on_gpu
+from cusparge._cuda.devices import require_device
 from cusparge._cuda.launch import functions, run
 from cusparge._cuda.params import Plan
 from cusparge._types import Layout, pooled_shapes, whole_number
@@ -112,7 +114,10 @@ def _pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> 
     recorded = adapter.framework == "torch" and is_recording()
     if recorded or adapter.is_traced(x) or adapter.is_traced(seqlens):
         trace = _graph.pooling_of(adapter.framework).pool_blocks
-        return PooledBlocks(*trace(x, size, smooth, layout, seqlens))
+        where = device.index if device.kind == "cuda" and adapter.framework == "jax" else None
+        return PooledBlocks(*trace(x, size, smooth, layout, seqlens, where))
+    if device.kind == "cuda":
+        require_device(device.index)  # says more clearly what a framework would say later
     if device.kind not in ("cpu", "cuda"):
         raise DeviceError(
             f"x is on {device}: allowed are the host and CUDA devices. Move it to one of these."
@@ -158,15 +163,17 @@ def _launch(
     view: DeviceArray | None = None,
 ) -> PooledBlocks:
     """Allocate in the caller's framework, and queue the kernels on its stream."""
-    kernels = functions(plan, device, adapter.is_capturing)
+    kernels = functions(plan, device, partial(adapter.is_capturing, device))
     made, pointers = adapter.empty(plan.shapes, x)
     addresses = {"workspace": 0}
     addresses.update(zip(plan.names, pointers, strict=True))
     addresses["x"] = adapter.address(x) if view is None else view.pointer
     addresses["lengths"] = 0 if lengths is None else lengths.pointer
-    run(plan, addresses, device=device, stream=adapter.stream(device), kernels=kernels)
     workspace = made.pop() if plan.workspace_bytes else None
-    adapter.queued((view, lengths, workspace), device)
+    try:
+        run(plan, addresses, device=device, stream=adapter.stream(device), kernels=kernels)
+    finally:  # a launch before the one that failed may still run
+        adapter.queued((view, lengths, workspace), device)
     return PooledBlocks(*map(adapter.finish, made))  # the plan's outputs are in this order
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 from host_cuda import emu
 
+from cusparge import stage1
 from cusparge._arrays import Device, DeviceArray
 from cusparge._arrays import cupy as cupy_arrays
 from cusparge._arrays.cupy import CupyAdapter
@@ -98,11 +99,12 @@ class StandInGpu:
         )
         stub = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
         monkeypatch.setattr(devices, "require_cupy", lambda: stub)
+        monkeypatch.setattr(stage1, "require_device", lambda index: (9, 0))
         monkeypatch.setattr(module, "kernel", self.kernel)
         monkeypatch.setattr(launch, "_DEBUG", False)
         for adapter in (TorchAdapter, CupyAdapter, DlpackAdapter):
             monkeypatch.setattr(adapter, "stream", lambda _, device: self.streams[device])
-            monkeypatch.setattr(adapter, "is_capturing", lambda _: self.capturing)
+            monkeypatch.setattr(adapter, "is_capturing", lambda _, device: self.capturing)
         self._patch_torch(monkeypatch)
         self._patch_cupy(monkeypatch)
 

@@ -193,6 +193,16 @@ def test_arguments_are_refused_before_anything_is_launched(gpu, torch, cupy, rng
     refused(InvalidArgumentError, lambda: pool_blocks(x, seqlens=lengths), "cuda:1", "cuda:0")
 
 
+def test_a_misaligned_array_is_refused(gpu, cupy, torch, rng):
+    """A GPU faults on it for good, and takes the process's context along."""
+    for dtype in (np.float32, np.float16):
+        raw = np.zeros(2 * 64 * 64 * 4 + 1, np.uint8)[1:]
+        odd = raw[: 64 * 64 * np.dtype(dtype).itemsize].view(dtype).reshape(1, 1, 64, 64)
+        array = gpu.cupy_array(odd)
+        assert_refused(InvalidArgumentError, lambda x=array: pool_blocks(x), "x is not aligned")
+    assert not gpu.launches
+
+
 def test_a_capture_takes_lengths_from_the_device_only(gpu, torch, rng):
     x = torch.from_numpy(inputs(rng))
     gpu.capturing = True

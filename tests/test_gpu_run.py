@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -36,6 +35,9 @@ SCRIPTS = {
     "write({'child': child.pid}); time.sleep(600)",
     "nonsense": "open(sys.argv[-1], 'w').write('{')",
     "reader": "write({'before': json.load(open(os.environ['REPORT']))})",
+    "list": "write(['no object'])",
+    "says_run": "write({'skipped': 'there is nothing to run'}); sys.exit(1)",
+    "crash_skipped": "write({'skipped': 'x'}); os.kill(os.getpid(), signal.SIGSEGV)",
 }
 HEAD = """
 import json, os, signal, subprocess, sys, time
@@ -81,7 +83,8 @@ def gone(pid):
 
 
 def test_each_part_is_recorded_whatever_it_does(parts, capsys):
-    status, report = parts(["fine", "wrong", "absent", "crash", "nonsense", "other"])
+    names = ["fine", "wrong", "absent", "crash", "nonsense", "other", "list", "says_run"]
+    status, report = parts([*names, "crash_skipped"])
     assert status == 1
     assert report["complete"]
     found = {name: record["status"] for name, record in report["parts"].items()}
@@ -92,6 +95,9 @@ def test_each_part_is_recorded_whatever_it_does(parts, capsys):
         "crash": "crashed: SIGSEGV",
         "nonsense": "ok",
         "other": "ok",
+        "list": "ok",
+        "says_run": "skipped: there is nothing to run",
+        "crash_skipped": "crashed: SIGSEGV",
     }
     assert report["parts"]["fine"]["result"]["number"] == 1
     assert report["parts"]["wrong"]["log_tail"] == ["what went wrong"]
@@ -159,55 +165,6 @@ def test_the_variable_out_names_the_folder(parts, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "gpu_run.log").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
-def test_an_interrupted_run_keeps_what_it_has(tmp_path):
-    for name in ("fine", "hang"):
-        (tmp_path / f"{name}.py").write_text(HEAD + SCRIPTS[name])
-    script = f"""
-import sys
-from pathlib import Path
-sys.path.insert(0, {str(BENCHMARKS)!r})
-import gpu_run
-gpu_run.HERE = Path({str(tmp_path)!r})
-gpu_run.count_gpus = lambda: 1
-names = ("fine", "hang", "other")
-gpu_run.PARTS = tuple(gpu_run.Part(name, name + ".py", 1, "") for name in names)
-sys.exit(gpu_run.main(["--out", {str(tmp_path / "out")!r}]))
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    file = tmp_path / "out" / "gpu_run.json"
-    try:
-        for line in process.stdout:
-            if line.startswith("fine"):
-                break
-        for _ in range(200):  # the next part has begun, and has its child
-            children = list(Path("/proc").glob("[0-9]*/cmdline"))
-            if any(b"hang.py" in read_bytes(child) for child in children):
-                break
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        printed, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 130
-    report = json.loads(file.read_text())
-    found = {name: record["status"] for name, record in report["parts"].items()}
-    assert found == {"fine": "ok", "hang": "interrupted", "other": "not run: interrupted"}
-    assert "hang" in printed
-    assert not any(
-        str(tmp_path / "hang.py").encode() in read_bytes(child)
-        for child in Path("/proc").glob("[0-9]*/cmdline")
-    )
-
-
-def read_bytes(path):
-    try:
-        return path.read_bytes()
-    except OSError:  # the process has ended
-        return b""
-
-
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -257,6 +214,9 @@ def test_wrong_usage(gpu_run, words, capsys):
 
 def test_every_part_has_a_script_that_takes_its_arguments(gpu_run):
     assert [part.name for part in gpu_run.PARTS][:3] == ["environment", "compile", "tests"]
+    scripts = {part.command.split()[0] for part in gpu_run.PARTS}
+    benchmarks = {path.name for path in BENCHMARKS.glob("bench_*.py")}
+    assert benchmarks - scripts == {"bench_cpu.py", "bench_blas_threads.py"}, "these need no GPU"
     for part in gpu_run.PARTS:
         script, *words = part.command.replace("{seconds}", "9").split()
         options = [word for word in words if word.startswith("--")]

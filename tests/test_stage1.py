@@ -57,6 +57,41 @@ def test_edges_of_the_definition(rng):
     assert not got.mean[0, 0, 3].any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "small", "large"), [("float32", 0.1, 1e6), ("float16", 0.005, 6e4)]
+)
+def test_outliers_elsewhere_do_not_blur_a_block(rng, dtype, small, large):
+    """What counts as rounding of the mean is measured by the mean, not by the largest token."""
+    x = (small * rng.standard_normal((1, 1, 256, 64))).astype(dtype)
+    x[0, 0, 0, 0], x[0, 0, 70, 0] = large, -large  # they cancel in the mean
+    got = pool_blocks(x, smooth=True)
+    _, similarity, _ = expected(x, 64, True)
+    assert_close(got.similarity[0, 0, 2:], similarity[0, 0, 2:], atol=1e-3)
+    assert similarity[0, 0, 2:].max() < 0.1
+
+
+def test_identical_tokens_are_alike_once_the_mean_is_off(rng):
+    x = np.broadcast_to(rng.standard_normal((1, 1, 1, 64)).astype(np.float32), (1, 1, 300, 64))
+    assert (pool_blocks(x, smooth=True).similarity == 1).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_means_beyond_float32_become_its_largest_number():
+    x = np.full((1, 1, 128, 8), 3.4e38, np.float32)
+    x[:, :, 64:] *= -1
+    got = pool_blocks(x, smooth=True)
+    assert np.isfinite(got.mean).all()
+    assert np.isfinite(got.similarity).all()
+    wide = pool_blocks(np.full((1, 1, 64, 8), 1e300), smooth=True)
+    assert (wide.token_mean == np.finfo(np.float32).max).all()
+
+
+def test_the_module_is_an_attribute_of_the_package():
+    import cusparge
+
+    assert cusparge.stage1.pool_blocks is pool_blocks
+
+
 def test_padding_and_layout_do_not_show(rng):
     x = rng.standard_normal((2, 3, 200, 32)).astype(np.float32)
     got = pool_blocks(x, smooth=True, seqlens=[70, 200])
@@ -147,10 +182,26 @@ class TestJax:
             ({"seqlens": jax.numpy.zeros(2)}, "seqlens"),
             ({"seqlens": jax.numpy.zeros(3, int)}, "(2,)"),
             ({"seqlens": [9, 1]}, "seqlens[0]"),
+            ({"seqlens": np.array([1, 9])}, "seqlens[1]"),
             ({"layout": "?"}, "layout"),
         ):
             refused = jax.jit(lambda x, o=options: pool_blocks(x, **o).mean)
             assert_refused(InvalidArgumentError, lambda f=refused: f(x), word)
+
+    @pytest.mark.parametrize("lengths", [[10**6, 1], [-1, 1]])
+    def test_lengths_that_come_later_are_refused_on_the_host(self, jax, lengths):
+        x = jax.numpy.zeros((2, 1, 8, 8))
+        jitted = jax.jit(lambda x, n: pool_blocks(x, seqlens=n).mean)
+        with pytest.raises(Exception, match=r"seqlens\[0\] is out of range"):
+            jitted(x, jax.numpy.array(lengths)).block_until_ready()
+
+    @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "int32"])
+    def test_lengths_of_any_integer_dtype(self, jax, dtype):
+        x = jax.numpy.ones((2, 1, 8, 8))
+        got = jax.jit(lambda x, n: pool_blocks(x, seqlens=n).mean)(
+            x, jax.numpy.array([3, 8], dtype)
+        )
+        assert_same_bits(np.asarray(got), pool_blocks(np.asarray(x), seqlens=[3, 8]).mean)
 
 
 def test_other_devices_are_refused():

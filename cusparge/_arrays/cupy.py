@@ -66,7 +66,7 @@ class CupyAdapter:
 
     def signature(self, array: Any) -> Any:
         """Return shape, strides, dtype and device; an array's dtype tells its byte order too."""
-        return array.shape, array.strides, array.dtype, array.device.id
+        return array.shape, array.strides, array.dtype, array.device.id, array.data.ptr & 3
 
     def address(self, array: Any) -> int:
         """Return where the first element of a CUDA array lies."""
@@ -83,7 +83,7 @@ class CupyAdapter:
 
     def upload(self, values: Any, array: Any) -> DeviceArray:
         """Copy in the order of the current stream."""
-        if self.is_capturing():
+        if self.is_capturing(array.device.id):
             raise DeviceError(NO_UPLOAD)
         return upload(values, array.device.id)
 
@@ -91,14 +91,14 @@ class CupyAdapter:
         """Return the handle of CuPy's current stream on that device."""
         return int(sys.modules["cupy"].cuda.get_current_stream(device).ptr)
 
-    def is_capturing(self) -> bool:
-        """Tell whether the current stream captures a CUDA graph."""
-        return bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
+    def is_capturing(self, device: int) -> bool:
+        """Tell whether the current stream of that device captures a CUDA graph."""
+        return bool(sys.modules["cupy"].cuda.get_current_stream(device).is_capturing())
 
     def queued(self, views: tuple[Any, ...], device: int) -> None:
         """Keep what a captured graph writes to; else CuPy's pool orders reuse by the stream."""
         workspace = views[-1]
-        if workspace is not None and self.is_capturing():
+        if workspace is not None and self.is_capturing(device):
             _captured.append(workspace)
 
 

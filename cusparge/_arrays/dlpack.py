@@ -45,6 +45,15 @@ _FP8_CODES = {
     13: "float8_e5m2fnuz",
     14: "float8_e8m0fnu",
 }
+_BITS = {
+    "int": (8, 16, 32, 64),
+    "uint": (8, 16, 32, 64),
+    "float": (16, 32, 64),
+    "bfloat": (16,),
+    "complex": (64, 128),
+    "bool": (8,),
+}
+_MOST_DIMENSIONS = 32
 _TYPESTR = {"bfloat16": "<u2", "bool": "|b1"}
 
 
@@ -119,8 +128,14 @@ class _Owner:
 
 def device_of(array: Any) -> tuple[int, int]:
     """Return DLPack's device kind and index of an array that speaks DLPack."""
-    kind, index = array.__dlpack_device__()
-    return int(kind), int(index)
+    try:
+        kind, index = array.__dlpack_device__()
+        return int(kind), int(index)
+    except Exception as error:  # whatever a foreign object raises
+        raise InvalidArgumentError(
+            f"a {type(array).__name__} does not say where it lives: its __dlpack_device__ gives "
+            f"{error!r}. Pass a NumPy, torch, JAX or CuPy array."
+        ) from error
 
 
 def is_host(kind: int) -> bool:
@@ -164,7 +179,7 @@ def _export(array: Any, name: str, options: dict[str, Any]) -> Any:
             return array.__dlpack__(max_version=(1, 0), **options)
         except TypeError:  # an exporter from before DLPack 1.0
             return array.__dlpack__(**options)
-    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a foreign object raises
         raise InvalidArgumentError(
             f"{name} cannot be exported through DLPack: its {type(array).__name__} says "
             f"{str(error)!r}. Pass an ordinary strided array of float16, bfloat16, float32 or "
@@ -201,7 +216,17 @@ def read_capsule(capsule: Any, name: str) -> HostArray | DeviceArray:
 
 def _view(tensor: _DLTensor, owner: _Owner, read_only: bool, name: str) -> HostArray | DeviceArray:
     dtype, size = _element(tensor.dtype, name)
+    if not 0 <= tensor.ndim <= _MOST_DIMENSIONS or (tensor.ndim and not tensor.shape):
+        raise InvalidArgumentError(
+            f"{name} has {tensor.ndim} dimensions in its DLPack capsule: allowed are 0 to "
+            f"{_MOST_DIMENSIONS}. Its exporter is broken; pass the array as NumPy."
+        )
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    if any(not 0 <= extent < 2**62 for extent in shape) or math.prod(shape) >= 2**62:
+        raise InvalidArgumentError(
+            f"{name} has shape {shape} in its DLPack capsule, which no memory holds: its "
+            "exporter is broken. Pass the array as NumPy."
+        )
     if tensor.strides:
         steps = tuple(tensor.strides[i] for i in range(tensor.ndim))
     else:
@@ -240,7 +265,7 @@ def _element(dtype: _DLDataType, name: str) -> tuple[str, int]:
     if lanes == 1 and bits == 8 and code in _FP8_CODES:
         return _FP8_CODES[code], 1
     kind = _CODES.get(code)
-    if kind is None or lanes != 1 or bits % 8 or (kind == "bool" and bits != 8):
+    if kind is None or lanes != 1 or bits not in _BITS[kind]:
         raise InvalidArgumentError(
             f"{name} has a dtype that is not understood: DLPack code {code}, {bits} bits, "
             f"{lanes} lanes; allowed float16, bfloat16, float32 and float64."

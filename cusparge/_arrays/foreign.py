@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from cusparge.errors import DeviceError, InvalidArgumentError, UnsupportedError
 __all__ = ["DlpackAdapter"]
 
 #: Views of foreign memory in use by queued work, each with the event that tells when it is done.
-_in_use: deque[tuple[Any, tuple[Any, ...]]] = deque()
+_in_use: dict[int, deque[tuple[Any, tuple[Any, ...]]]] = {}
 _lock = threading.Lock()
 
 
@@ -58,7 +58,7 @@ class DlpackAdapter:
         """View the memory behind the capsule."""
         kind, index = dlpack.device_of(array)
         if dlpack.is_cuda(kind):
-            if self.is_capturing():
+            if self.is_capturing(index):
                 raise UnsupportedError(
                     f"a CUDA graph cannot be captured over arrays of {self.framework}: {name}'s "
                     "memory is borrowed for one call only. Capture with torch or CuPy arrays."
@@ -111,17 +111,18 @@ class DlpackAdapter:
 
     def upload(self, values: Any, array: Any) -> DeviceArray:
         """Copy in the order of the current stream."""
-        if self.is_capturing():
+        index = dlpack.device_of(array)[1]
+        if self.is_capturing(index):
             raise DeviceError(NO_UPLOAD)
-        return upload(values, dlpack.device_of(array)[1])
+        return upload(values, index)
 
     def stream(self, device: int) -> int:
         """Return the handle of CuPy's current stream on that device."""
-        return int(_cupy().cuda.get_current_stream(device).ptr)
+        return int(_ask(lambda: _cupy().cuda.get_current_stream(device).ptr))
 
-    def is_capturing(self) -> bool:
-        """Tell whether the current stream captures a CUDA graph."""
-        return bool(_cupy().cuda.get_current_stream().is_capturing())
+    def is_capturing(self, device: int) -> bool:
+        """Tell whether the current stream of that device captures a CUDA graph."""
+        return bool(_ask(lambda: _cupy().cuda.get_current_stream(device).is_capturing()))
 
     def queued(self, views: tuple[Any, ...], device: int) -> None:
         """Hold the exporter's memory until the stream has passed this point."""
@@ -129,10 +130,26 @@ class DlpackAdapter:
         with cupy.cuda.Device(device):
             event = cupy.cuda.Event(disable_timing=True)
             event.record(cupy.cuda.get_current_stream())
+        done = []  # given back outside of the lock: that runs code of the exporter
         with _lock:
-            while _in_use and _in_use[0][0].done:
-                _in_use.popleft()
-            _in_use.append((event, views))
+            waiting = _in_use.setdefault(device, deque())
+            while waiting and waiting[0][0].done:
+                done.append(waiting.popleft())
+            waiting.append((event, views))
+        done.clear()
+
+
+def _ask(question: Callable[[], Any]) -> Any:
+    """Ask CuPy about a device; what it cannot answer is the device's fault."""
+    try:
+        return question()
+    except DeviceError:
+        raise
+    except Exception as error:
+        raise DeviceError(
+            f"CuPy cannot use the GPU: {error}. Install an NVIDIA driver that fits its CUDA "
+            "version; `cusparge doctor` tells what is missing."
+        ) from error
 
 
 def _cupy() -> Any:

@@ -58,9 +58,13 @@ def is_jax(values: Any) -> bool:
     return isinstance(values, sys.modules["jax"].Array)
 
 
-def as_int32(values: Any) -> Any:
-    """Return whole numbers as a JAX array or tracer of int32."""
-    return sys.modules["jax"].numpy.asarray(values, dtype="int32")
+def as_int32(values: Any, limit: int) -> Any:
+    """Return whole numbers as int32; what lies outside of [0, limit] stays outside of it."""
+    numpy = sys.modules["jax"].numpy
+    values = numpy.asarray(values)
+    bounds = np.iinfo(values.dtype)
+    low, high = max(-1, bounds.min), min(limit + 1, bounds.max)
+    return numpy.clip(values, low, high).astype("int32")
 
 
 def register(kind: type, flatten: Callable[..., Any], unflatten: Callable[..., Any]) -> None:
@@ -77,6 +81,11 @@ def announce() -> None:
         while _kinds and hasattr(tree_util, "register_pytree_node"):
             tree_util.register_pytree_node(*_kinds[-1])
             _kinds.pop()
+
+
+# Stats and maps are made in graphs of torch too: Dynamo runs a function so marked while it traces,
+# and does not walk sys.modules for it.
+announce._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=512)

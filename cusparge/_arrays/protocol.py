@@ -64,8 +64,8 @@ class Adapter(Protocol):
     def stream(self, device: int) -> int:
         """Return the handle of the framework's current stream on a CUDA device."""
 
-    def is_capturing(self) -> bool:
-        """Tell whether a CUDA graph is being captured on the current stream."""
+    def is_capturing(self, device: int) -> bool:
+        """Tell whether a CUDA graph is being captured on the current stream of a device."""
 
     def queued(self, views: tuple[Any, ...], device: int) -> None:
         """Be told that work on `views`, the workspace last, is queued on the current stream."""
@@ -102,7 +102,7 @@ class HostOnly:
         """Return CUDA's default stream: nothing of this framework is ordered by another."""
         return 0
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, device: int) -> bool:
         """Never."""
         return False
 

@@ -111,7 +111,8 @@ class TorchAdapter:
             return None
         if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
             return None  # operators are recorded
-        return array.shape, array.stride(), array.dtype, array.device
+        aligned = array.data_ptr() & 3
+        return array.shape, array.stride(), array.dtype, array.device, aligned
 
     def address(self, array: Any) -> int:
         """Return where the first element of a CUDA array lies."""
@@ -130,7 +131,7 @@ class TorchAdapter:
 
     def upload(self, values: Any, array: Any) -> DeviceArray:
         """Copy from pinned memory, which the host does not wait for."""
-        if self.is_capturing():
+        if self.is_capturing(array.device.index):
             raise DeviceError(NO_UPLOAD)
         pinned = sys.modules["torch"].from_numpy(values).pin_memory()
         return self._on_device(pinned.to(array.device, non_blocking=True))
@@ -143,9 +144,11 @@ class TorchAdapter:
             return int(raw(device))
         return int(torch.cuda.current_stream(device).cuda_stream)
 
-    def is_capturing(self) -> bool:
-        """Tell whether torch captures a CUDA graph."""
-        return bool(sys.modules["torch"].cuda.is_current_stream_capturing())
+    def is_capturing(self, device: int) -> bool:
+        """Tell whether torch captures a CUDA graph on its current stream of that device."""
+        cuda = sys.modules["torch"].cuda
+        with cuda.device(device):
+            return bool(cuda.is_current_stream_capturing())
 
     def queued(self, views: tuple[Any, ...], device: int) -> None:
         """Nothing is to be kept: torch's allocator orders reuse by the stream."""

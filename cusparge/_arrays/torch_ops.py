@@ -37,6 +37,7 @@ _operators: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {}
 #: Name of an operator -> the names of its tensors, which come first.
 _tensors: dict[str, tuple[str, ...]] = {}
 _libraries: list[Any] = []
+_defined: set[str] = set()
 _lock = threading.Lock()
 _adapter = TorchAdapter()
 
@@ -47,10 +48,32 @@ POLICY = (
 )
 
 
+def _torch_is_loaded() -> bool:
+    return "torch" in sys.modules
+
+
+# Dynamo runs a function so marked while it traces, instead of tracing it. Traced code must not read
+# sys.modules: Dynamo would walk all of it, and fail where another thread imports something.
+_torch_is_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _dynamo_is_loaded() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
+_dynamo_is_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def in_graph() -> bool:
-    """Tell whether a compiler of torch is tracing this very call. Traced itself."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.compiler.is_compiling()
+    """Tell whether Dynamo is tracing this very call. Traced itself.
+
+    Not ``is_compiling``: that is true in every thread while one of them compiles anything.
+    """
+    if not _torch_is_loaded():
+        return False
+    import torch
+
+    return bool(torch.compiler.is_dynamo_compiling())
 
 
 def is_recording() -> bool:
@@ -66,12 +89,15 @@ def implement(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
 
 
 def _define() -> bool:
-    """Register the operators with torch, once."""
+    """Register the operators with torch, each once."""
     with _lock:
-        if not _libraries:
+        missing = [name for name in _operators if name not in _defined]
+        if missing:
             torch = sys.modules["torch"]
-            library = torch.library.Library("cusparge", "DEF")
-            for name, (schema, run, fake) in _operators.items():
+            library = torch.library.Library("cusparge", "FRAGMENT")
+            for name in missing:
+                schema, run, fake = _operators[name]
+                _defined.add(name)
                 library.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
                 library.impl(name, run, "CompositeExplicitAutograd")
                 library.impl(name, functools.partial(_below_autograd, name), "Autograd")
@@ -81,7 +107,6 @@ def _define() -> bool:
     return True
 
 
-# Dynamo runs a function so marked while it traces, instead of tracing it.
 _define._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -104,8 +129,10 @@ def _refuse_batches(*arguments: Any) -> Any:
 
 def call(name: str, *arguments: Any) -> Any:
     """Call an operator. Traced."""
+    import torch
+
     _define()
-    return getattr(sys.modules["torch"].ops.cusparge, name).default(*arguments)
+    return getattr(torch.ops.cusparge, name).default(*arguments)
 
 
 def not_traced(reason: str) -> Callable[[_Function], _Function]:
@@ -120,10 +147,12 @@ def not_traced(reason: str) -> Callable[[_Function], _Function]:
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if "torch._dynamo" not in sys.modules:
+            if not _dynamo_is_loaded():
                 return function(*args, **kwargs)
             if not disabled:
-                disabled.append(sys.modules["torch"].compiler.disable(function))
+                import torch
+
+                disabled.append(torch.compiler.disable(function))
             return disabled[0](*args, **kwargs)
 
         call._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -135,13 +164,16 @@ def not_traced(reason: str) -> Callable[[_Function], _Function]:
 
 def printable(value: Any) -> Any:
     """Return what an error may print of an argument: tensors have no values. Traced."""
-    is_array = isinstance(value, (sys.modules["torch"].Tensor, np.ndarray))
+    import torch
+
+    is_array = isinstance(value, (torch.Tensor, np.ndarray))
     return "a tensor" if is_array else value
 
 
 def check_tensors(**arrays: Any) -> None:
     """Refuse what is no tensor: Dynamo would turn NumPy arrays into tensors. Traced."""
-    torch = sys.modules["torch"]
+    import torch
+
     for name, array in arrays.items():
         if isinstance(array, np.ndarray):
             raise UnsupportedError(
@@ -157,13 +189,15 @@ def check_tensors(**arrays: Any) -> None:
 
 def tensor(values: Any) -> Any:
     """Return a tensor over a mask or lengths that may come from NumPy. Traced."""
-    torch = sys.modules["torch"]
+    import torch
+
     return values if values is None else torch.as_tensor(values)
 
 
 def lengths(values: Any, name: str = "seqlens") -> tuple[Any, Any]:
     """Return sequence lengths as (tensor or None, list or None). Traced."""
-    torch = sys.modules["torch"]
+    import torch
+
     if values is None:
         return None, None
     if isinstance(values, (torch.Tensor, np.ndarray)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from cusparge._arrays import HostArray
 from cusparge._arrays.view import to_float
 from cusparge._cpu.source import needs_float64, scan
-from cusparge._cpu.stage1 import pool
+from cusparge._cpu.stage1 import noise_of, pool
 from cusparge._types import num_blocks
 
 __all__ = ["pool_blocks"]
@@ -41,9 +40,8 @@ def _pool_head(rows: HostArray, block: int, out: dict[str, npt.NDArray[np.float3
     work: Any = np.float64 if needs_float64(known.largest) else np.float32
     mean = (known.total / max(tokens, 1)).astype(work)
     if smooth:
-        out["token_mean"][...] = mean
-    # Subtracting the mean leaves this much of a token that equals it.
-    noise = 2.0**-22 * known.largest * math.sqrt(head_dim) if smooth else 0.0
+        out["token_mean"][...] = _in_range(mean)
+    noise = noise_of(mean.astype(np.float64)) if smooth else 0.0
     out["block_mean"][...] = 0.0
     out["similarity"][...] = 1.0
     for first in range(0, num_blocks(tokens, block), _STEP):
@@ -59,5 +57,12 @@ def _pool_head(rows: HostArray, block: int, out: dict[str, npt.NDArray[np.float3
         bad[: stop - start] = ~finite.all(axis=1)
         bad_blocks: npt.NDArray[np.bool_] = bad.reshape(-1, block).any(axis=1)  # type: ignore[assignment]
         pooled = pool(padded.reshape(last - first, block, head_dim), counts, bad_blocks, noise)
-        out["block_mean"][first:last] = pooled.mean
+        out["block_mean"][first:last] = _in_range(pooled.mean)
         out["similarity"][first:last] = np.where(bad_blocks, -1.0, pooled.similarity)
+
+
+def _in_range(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return what float32 can hold of a mean: the largest number for what is beyond it."""
+    limit = float(np.finfo(np.float32).max)
+    clipped: npt.NDArray[Any] = np.clip(values, -limit, limit)
+    return clipped

@@ -18,7 +18,7 @@ from cusparge._cpu.source import Floats, KeySource
 from cusparge._types import BLOCK_K, BLOCK_Q, num_blocks
 from cusparge.policy import Policy, TopCdf, TopK
 
-__all__ = ["HeadRule", "Pooled", "Reach", "head_rule", "pool", "pool_keys", "select"]
+__all__ = ["HeadRule", "Pooled", "Reach", "head_rule", "noise_of", "pool", "pool_keys", "select"]
 
 Bools = npt.NDArray[np.bool_]
 
@@ -146,6 +146,14 @@ def pool(blocks: Floats, tokens: npt.NDArray[np.intp], bad: Bools, noise: float)
     return Pooled(mean, similarity, tokens, bad)
 
 
+def noise_of(mean: npt.NDArray[np.float64]) -> float:
+    """Return what rounding leaves, at most, of a token that equals the mean it is taken off."""
+    largest = float(np.abs(mean).max(initial=0.0))
+    if largest == 0.0:
+        return 0.0
+    return 2.0**-22 * largest * float(np.linalg.norm(mean / largest))  # squares could overflow
+
+
 def pool_keys(source: KeySource, work: Any) -> Pooled:
     """Pool K with its token mean taken off, block by block, in steps of a few megabytes."""
     total, head_dim = source.num_blocks, source.head_dim
@@ -155,8 +163,7 @@ def pool_keys(source: KeySource, work: Any) -> Pooled:
     bad = np.zeros(total, np.bool_)
     bad[source.bad_in_k // BLOCK_K] = True
     mean = source.mean.astype(work)
-    # Subtracting the mean leaves this much of a token that equals it.
-    noise = 2.0**-22 * source.largest_k * math.sqrt(head_dim)
+    noise = noise_of(source.mean)
     step = 64
     parts = []
     for start in range(0, total, step):

@@ -44,29 +44,29 @@ class _Pool:
         view = DeviceArray(pointer, self.shape, row_major(self.shape), self.dtype, device)
         return view if self.layout == "HND" else view.swapaxes(1, 2)
 
-    def _plan(self) -> Any:
+    def plan(self) -> Any:
+        """Return what is launched on a GPU."""
         from cusparge._cuda.backend import pool_plan_of  # `import cusparge` does without
 
         return pool_plan_of(self._heads_first(0, 0), self.block, self.smooth, self.has_lengths)
 
     def outputs(self) -> tuple[Outline, ...]:
         """Return the pooled arrays, and the workspace of a GPU."""
-        plan = self._plan()
+        plan = self.plan()
         pooled = tuple(Outline(one.shape, "float32") for one in plan.outputs)
         return (*pooled, Outline((plan.workspace_bytes,), "uint8"))
 
     def host(self, *arrays: Any) -> Sequence[Any]:
         """Compute on the host."""
         x, *lengths = arrays
-        tokens = self._heads_first(0, 0).shape[2]
         made = _eager[0](
             x,
             block=self.block,
             smooth=self.smooth,
             layout=self.layout,
-            seqlens=np.clip(lengths[0], 0, tokens) if lengths else None,
+            seqlens=lengths[0] if lengths else None,
         )
-        workspace = np.empty(self._plan().workspace_bytes, np.uint8)
+        workspace = np.empty(self.plan().workspace_bytes, np.uint8)
         token_mean = () if made.token_mean is None else (made.token_mean,)
         return (made.mean, made.similarity, *token_mean, workspace)
 
@@ -76,7 +76,7 @@ class _Pool:
         """Queue the kernels on XLA's stream."""
         from cusparge._cuda.launch import run
 
-        plan = self._plan()
+        plan = self.plan()
         addresses = {one.name: out.pointer for one, out in zip(plan.outputs, outputs, strict=False)}
         addresses["workspace"] = outputs[-1].pointer
         addresses["x"] = inputs[0].pointer
@@ -84,8 +84,14 @@ class _Pool:
         run(plan, addresses, device=inputs[0].device, stream=stream)
 
 
-def pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> tuple[Any, ...]:
-    """Bind pooling into the program that JAX traces; the token mean is None if not asked for."""
+def pool_blocks(
+    x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any, device: int | None = None
+) -> tuple[Any, ...]:
+    """Bind pooling into the program that JAX traces; the token mean is None if not asked for.
+
+    `device` is where a concrete array lies: its kernels are loaded now, since errors inside the
+    program would arrive wrapped in JAX's own.
+    """
     jax_calls.announce()
     outline = Outline(tuple(x.shape), str(x.dtype))
     view = _check.check_one_array(outline, "x", layout)
@@ -98,15 +104,19 @@ def pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> t
     if seqlens is not None:
         batch, tokens = view.shape[0], view.shape[2]
         if not _check.is_host_list(seqlens):
-            if str(seqlens.dtype) not in ("int32", "int64") or seqlens.shape != (batch,):
+            if np.dtype(seqlens.dtype).kind not in "iu" or seqlens.shape != (batch,):
                 raise InvalidArgumentError(
                     f"seqlens does not fit: got {seqlens.dtype} of shape {seqlens.shape}; allowed "
-                    f"is int32 of shape ({batch},), one length for each sequence. Convert it."
+                    f"are integers of shape ({batch},), one length for each sequence. Convert it."
                 )
         else:
             lengths = _check.check_lengths(seqlens, "seqlens", batch, tokens, "cpu")
             seqlens = np.array(lengths, np.int32)
-        arrays.append(jax_calls.as_int32(seqlens))
+        arrays.append(jax_calls.as_int32(seqlens, tokens))
     work = _Pool(outline.shape, outline.dtype, block, smooth, layout, len(arrays) == 2)
+    if device is not None:
+        from cusparge._cuda.launch import functions
+
+        functions(work.plan(), device)
     made = jax_calls.call(work, arrays)
     return (*made[:2], made[2] if smooth else None)

@@ -26,7 +26,9 @@ def install(eager: Callable[..., Any]) -> None:
     torch_ops.implement("pool_blocks", _POOL, _run_pool, _fake_pool)
 
 
-def pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> tuple[Any, ...]:
+def pool_blocks(
+    x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any, device: None = None
+) -> tuple[Any, ...]:
     """Put the operator for pooling into the graph; the token mean is None if not asked for."""
     torch_ops.check_tensors(x=x)
     smooth = flag("smooth", smooth)
