@@ -6,11 +6,13 @@ This needs an NVIDIA GPU; without one it says so and ends.
 
 import sys
 
-import torch
-
 import cusparge
 from cusparge.stage1 import pool_blocks
 
+try:
+    import torch
+except ImportError:
+    sys.exit("nothing done, this needs torch with CUDA, and an NVIDIA GPU")
 if not torch.cuda.is_available():
     sys.exit("nothing done, this needs an NVIDIA GPU with a CUDA build of torch")
 try:
