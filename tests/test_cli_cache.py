@@ -186,7 +186,9 @@ def test_export_writes_through_a_link(capsys, root, rng, tmp_path):
 
 def test_import_refusals(capsys, root, tmp_path, monkeypatch):
     bad = tmp_path / "bad.tar"
-    assert "No such file" in refused(capsys, "cache", "import", bad)
+    message = refused(capsys, "cache", "import", bad)
+    assert f"{bad}: No such file" in message
+    assert "CUSPARGE_CACHE_DIR" not in message, "the cache is not at fault"
     bad.write_bytes(b"not an archive" * 100)
     assert "no tar file" in refused(capsys, "cache", "import", bad)
     assert "is a folder" in refused(capsys, "cache", "import", tmp_path)
@@ -204,6 +206,87 @@ def test_import_into_a_folder_that_cannot_be_written(capsys, root, rng, tmp_path
     assert str(tmp_path / "file") in refused(capsys, "cache", "import", tmp_path / "a.tar")
 
 
+class Full:
+    """A disk without room: `full(n)` lets n files be written, and no more."""
+
+    def __init__(self, monkeypatch):
+        self.patch, self.real = monkeypatch, os.fsync
+
+    def __call__(self, files):
+        left = iter(range(files))
+
+        def fsync(descriptor):
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device")
+            self.real(descriptor)
+
+        self.patch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk(capsys, root, rng, tmp_path, monkeypatch):
+    filled(root, rng, 3)
+    file = tmp_path / "a.tar"
+    full = Full(monkeypatch)
+    full(0)
+    message = refused(capsys, "cache", "export", file)
+    for part in (str(file), "No space left on device", "Free some room", "another folder"):
+        assert part in message
+    assert not file.exists()
+    full(100)
+    text(capsys, "cache", "export", file)
+    monkeypatch.setenv("CUSPARGE_CACHE_DIR", str(tmp_path / "other"))
+    full(3)  # one kernel, and the machine code of another
+    message = refused(capsys, "cache", "import", file)
+    parts = (str(tmp_path / "other" / "v1"), "No space left on device", str(file))
+    for part in (*parts, "Free some room", "CUSPARGE_CACHE_DIR"):
+        assert part in message
+    assert len(Cache(tmp_path / "other").entries()) == 1
+
+
+@pytest.mark.parametrize("action", ["list", "clear", "export"])
+def test_a_folder_that_nobody_may_look_into(capsys, root, rng, tmp_path, monkeypatch, action):
+    filled(root, rng)
+    real = os.scandir
+
+    def scandir(place):
+        if str(place) == str(root / "v1"):
+            raise PermissionError(13, "Permission denied")
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    words = [tmp_path / "a.tar"] if action == "export" else []
+    message = refused(capsys, "cache", action, *words)
+    for part in (str(root / "v1"), "Permission denied", "CUSPARGE_CACHE_DIR"):
+        assert part in message
+    assert len(list(real(root / "v1"))) == 6
+
+
+def test_clear_leaves_the_users_own_files(capsys, root):
+    for name in ("failed/thesis", "v1/film.mkv.part", "v1/other.cubin"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("mine")
+        os.utime(root / name, (1, 1))
+    assert "removed 0 kernels" in text(capsys, "cache", "clear")
+    assert len([path for path in root.rglob("*") if path.is_file()]) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_not_waited_for(capsys, root, rng):
+    (found,) = filled(root, rng, 1).entries()
+    found.metadata.unlink()
+    os.mkfifo(found.metadata)
+    os.mkfifo(root / "v1" / "x.json")
+    assert "no compiled kernels" in text(capsys, "cache", "list")
+
+
+def test_the_home_folder_of_an_unknown_user(capsys, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUSPARGE_CACHE_DIR", "~no such user/x")
+    message = refused(capsys, "cache", "path")
+    assert "CUSPARGE_CACHE_DIR=~no such user/x names the home folder of a user" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_no_home_folder(capsys, root, tmp_path, monkeypatch, action):
     def nowhere():
@@ -212,7 +295,8 @@ def test_no_home_folder(capsys, root, tmp_path, monkeypatch, action):
     monkeypatch.setattr("cusparge._cuda.cache.root", nowhere)
     (tmp_path / "a.tar").write_bytes(b"")
     words = [tmp_path / "a.tar"] if action in ("export", "import") else []
-    assert "CUSPARGE_CACHE_DIR" in refused(capsys, "cache", action, *words)
+    message = refused(capsys, "cache", action, *words)
+    assert "home directory. Name one in CUSPARGE_CACHE_DIR" in message
 
 
 def test_a_limit_that_is_no_size(capsys, root, rng, tmp_path, monkeypatch):

@@ -261,10 +261,18 @@ def test_a_cache_that_cannot_be_written_is_a_failure(capsys, compiler, tmp_path,
     assert len(cubins(out)) == 2
 
 
-def test_a_limit_that_is_too_small_is_a_failure(capsys, compiler, monkeypatch):
+def test_a_limit_that_is_too_small_is_a_failure(capsys, compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CUSPARGE_CACHE_LIMIT", "1K")
     assert main(["compile", "--arch", "80", "--set", "all"]) == 1
     assert "CUSPARGE_CACHE_LIMIT" in capsys.readouterr().err
+    # With a folder besides: the cache has lost what was to be copied there.
+    monkeypatch.setenv("CUSPARGE_CACHE_LIMIT", "1")
+    words = ["compile", "--arch", "89", "--set", "all", "--out", str(tmp_path / "out"), "--json"]
+    assert main(words) == 1
+    (row,) = json.loads(capsys.readouterr().out)["architectures"]
+    errors = [kernel["error"] for kernel in row["kernels"]]
+    assert row["failed"] == sum(error is not None for error in errors) >= 2
+    assert all("CUSPARGE_CACHE_LIMIT" in error for error in errors if error)
     monkeypatch.setenv("CUSPARGE_CACHE_LIMIT", "plenty")
     assert "plenty" in refused(capsys, "compile", "--arch", "80", "--set", "all")
 
@@ -274,6 +282,47 @@ def test_an_out_that_cannot_be_written(capsys, kernels, instead, tmp_path):
     assert "file" in refused(capsys, "compile", "--arch", "80", "--out", tmp_path / "file")
     assert "file" in refused(capsys, "compile", "--arch", "80", "--out", tmp_path / "file" / "sub")
     assert instead == []
+
+
+def test_a_disk_that_fills_is_told_for_each_kernel(capsys, compiler, tmp_path, monkeypatch):
+    real = Cache._write
+
+    def write(self, target, data, entry):
+        if self.root == tmp_path / "out":
+            raise OSError(28, "No space left on device", str(target))
+        real(self, target, data, entry)
+
+    monkeypatch.setattr(Cache, "_write", write)
+    assert main(["compile", "--arch", "80", "--out", str(tmp_path / "out"), "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["architectures"]
+    assert (row["compiled"], row["failed"]) == (0, 2)
+    for kernel in row["kernels"]:
+        assert "No space left on device" in kernel["error"]
+        assert "--out" in kernel["error"]
+
+
+def test_a_folder_that_nobody_may_look_into(capsys, compiler, tmp_path, monkeypatch):
+    """As one without any rights: to ask whether a file exists there is an error."""
+    folder = str(tmp_path / "cache" / "v1")
+    stat = os.stat
+
+    def refuse(path, *words, **options):
+        if os.fspath(path).startswith(folder + os.sep):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return stat(path, *words, **options)
+
+    def write(self, target, data, entry, real=Cache._write):
+        if self.root == tmp_path / "cache":
+            raise PermissionError(13, "Permission denied", str(target))
+        real(self, target, data, entry)
+
+    monkeypatch.setattr("cusparge._cuda.storage._private", None)
+    monkeypatch.setattr(Cache, "_write", write)
+    monkeypatch.setattr(os, "stat", refuse)
+    assert main(["compile", "--arch", "80", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["architectures"]
+    assert row["failed"] == 2
+    assert all("not kept" in kernel["error"] for kernel in row["kernels"])
 
 
 def test_sources_that_are_missing(capsys, kernels, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -197,16 +198,60 @@ def no_home():
     raise RuntimeError("no home directory")
 
 
-def test_where_files_can_be_written(tmp_path, monkeypatch):
-    assert toolchain.is_writable(tmp_path / "a" / "b" / "c")
+def test_where_files_can_be_written(tmp_path):
+    assert toolchain.why_not_writable(tmp_path / "a" / "b" / "c") is None
     (tmp_path / "file").write_text("x")
     (tmp_path / "file").chmod(0o777)
-    assert not toolchain.is_writable(tmp_path / "file")
-    assert not toolchain.is_writable(tmp_path / "file" / "below")
-    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    assert not toolchain.is_writable(tmp_path / "broken")
-    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
-    assert not toolchain.is_writable(tmp_path / "a" / "b")
+    assert toolchain.why_not_writable(tmp_path / "file")
+    assert toolchain.why_not_writable(tmp_path / "file" / "below")
+    if sys.platform != "win32":
+        (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+        assert toolchain.why_not_writable(tmp_path / "broken")
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["broken", "file"], ["file"])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system without files")
+def test_a_place_where_nobody_can_make_files(plain_machine, report, monkeypatch):
+    monkeypatch.setenv("CUSPARGE_CACHE_DIR", "/proc/x")
+    record = report(0)
+    assert record["cache"]["writable"] is False
+    assert "the cache cannot be written to (/proc/x/v1: " in problems(record)
+    assert "NOT writable" in report.text
+
+
+def test_a_full_disk(plain_machine, report, monkeypatch, tmp_path):
+    written = []
+
+    def full(descriptor):
+        written.append(os.fstat(descriptor).st_size)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setenv("CUSPARGE_CACHE_DIR", str(tmp_path / "kernels"))
+    record = report(0)
+    assert record["cache"]["writable"] is False
+    assert "No space left on device" in problems(record)
+    assert "free some room" in record["warnings"][0]["mend"]
+    assert set(written) == {toolchain._ROOM}
+
+
+def test_a_variable_that_names_a_wrong_nvrtc(machine, report, with_attention, tmp_path):
+    """Installing another one would not help while the variable is set."""
+    machine.setenv("CUDA_VISIBLE_DEVICES", "1")
+    machine.setenv("CUSPARGE_NVRTC", str(tmp_path / "nowhere.so"))
+    record = report(1)
+    mends = [w["mend"] for w in record["warnings"] if "CUSPARGE_NVRTC=" in w["problem"]]
+    assert mends
+    library = tmp_path / "libnvrtc.so.12"
+    library.write_bytes(b"")
+    machine.setattr(OldNvrtc, "path", str(library))
+    machine.setattr(nvrtc, "load", OldNvrtc)
+    record = report(1)
+    mends += [w["mend"] for w in record["warnings"] if "NVRTC" in w["problem"]]
+    assert len(mends) == 3, "too old for the GPU, and without its second library"
+    for mend in mends:
+        assert mend.startswith("unset CUSPARGE_NVRTC, or name in it")
+        assert "pip install" not in mend
 
 
 # --- Settings ------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def test_wrong_types_in_the_manifest(tmp_path, archived, place, value):
         {"options": [{}]},
         {"lowered": None},
         {"lowered": ""},
+        {"lowered": "\ud800"},
+        {"nvrtc": "abc"},
         {"registers": 1e300},
         {"compile_ms": "soon"},
         {"format": 99},

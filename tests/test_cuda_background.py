@@ -99,6 +99,27 @@ def test_a_wrong_mode_is_told_and_stops_nothing(tmp_path):
         assert word in said
 
 
+@pytest.mark.parametrize("mode", ["background", "import"])
+def test_a_process_without_room_for_threads(tmp_path, mode):
+    """As where the number of processes is limited: the import succeeds, and kernels compile."""
+    need_nvrtc()
+    first = "import threading\nreal = threading.Thread.start\n" + "\n".join(
+        [
+            "def start(thread):",
+            "    if not thread.name.startswith(('cusparge-c', 'cusparge-b', 'Thread-')):",
+            "        return real(thread)",
+            '    raise RuntimeError("can\'t start new thread")',
+            "threading.Thread.start = start",
+        ]
+    )
+    script = IMPORT.replace("'import'", repr(mode)) + "print(build.build(wanted[0], 'sm_90a').arch)"
+    out, said = run_script(DECLARE + script, tmp_path, first=first + "\n")
+    ready = mode == "import"
+    loads = [0, 0, 0, 1, 1, 1] if ready else []
+    assert out == f"{3 * [ready]} {loads}\nsm_90a\n", said
+    assert said == ""
+
+
 BARE = """
 import importlib.util, sys, threading
 found = importlib.util.find_spec

@@ -14,6 +14,7 @@ from cuda_tools import code_of, info_of, isolate, key_of, leftovers, put
 
 from cusparge._cuda import cache, notices, storage
 from cusparge._cuda.cache import Cache, Info
+from cusparge._cuda.entries import read_file
 from cusparge.errors import InvalidArgumentError
 
 
@@ -70,7 +71,32 @@ DAMAGE = {
     "json not UTF-8": lambda e: e.metadata.write_bytes(b"\xff\xfe{}"),
     "json of another": lambda e: e.metadata.write_bytes(info_of("b").dump()),
     "json nested": lambda e: e.metadata.write_bytes(b"[" * 100_000),
+    "json huge": lambda e: enlarge(e.metadata),
+    "json a pipe": lambda e: replace(e.metadata, os.mkfifo),
+    "json a device": lambda e: replace(e.metadata, link_to_zeros),
+    "cubin huge": lambda e: enlarge(e.path),
+    "cubin a pipe": lambda e: replace(e.path, os.mkfifo),
+    "cubin a device": lambda e: replace(e.path, link_to_zeros),
 }
+
+
+def enlarge(path):
+    """A file with a hole of more bytes than any memory holds."""
+    try:
+        os.truncate(path, 1 << 42)
+    except OSError as error:
+        pytest.skip(f"no such file can be made here: {error}")
+
+
+def replace(path, make):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes with names, and no devices")
+    path.unlink()
+    make(path)
+
+
+def link_to_zeros(path):
+    path.symlink_to("/dev/zero")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -102,14 +128,38 @@ def test_a_seed_is_never_changed(tmp_path, damage):
         put(seed)
 
 
+def test_what_is_no_file_of_an_entry_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_file(path, 5) == b"12345"
+    with pytest.raises(ValueError, match="it has 5 bytes; allowed are 4"):
+        read_file(path, 4)
+    for make in (os.mkfifo, link_to_zeros) if hasattr(os, "mkfifo") else ():
+        replace(path, make)
+        with pytest.raises(ValueError, match="no regular file"):
+            read_file(path, 100)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_listed_without_harm(tmp_path, damage):
+    store = Cache(tmp_path)
+    entry, other = put(store), put(store, "z")
+    DAMAGE[damage](entry)
+    before = sorted(store.folder.iterdir())
+    assert other in store.entries()
+    assert sorted(store.folder.iterdir()) == before, "looking removes nothing"
+
+
 WRONG = {
-    "size": ["1", -2, 1 << 60, True, None, 1.5],
+    "size": ["1", -2, 65 << 20, 1 << 60, True, None, 1.5],
     "registers": ["many", None],
     "compile_ms": ["1", -1, float("inf"), float("nan"), None],
-    "options": ["-x", [1], None, {}],
+    "options": ["-x", [1], None, {}, ["\ud800"]],
     "kernel": ["", None, 3, "a-b.cu", "x" * 200 + ".cu", "é.cu"],
     "arch": ["sm_90a/../x", "sm_9", "compute_90", "", None],
-    "lowered": ["", 5],
+    "lowered": ["", 5, "\ud800", "_Z1a\n", "a b", "1a", "\u00e9"],
+    "nvrtc": ["", 13.0, "abc", "13", "13.0.1", "13.x", "\u0661.\u0662", "9" * 5000 + ".0"],
+    "expression": ["", None, "\ud800"],
     "key": ["ab", "G" * 64, "A" * 64, None],
     "source_key": ["", None],
     "sha256": ["0" * 63, ["0"] * 64],
@@ -151,10 +201,75 @@ def test_clear_counts_what_it_removes(tmp_path):
     for name in "abc":
         put(store, name)
     (folder / "v1" / "mine.txt").write_text("stays")
-    (folder / "failed" / "x").mkdir(parents=True)
+    (store.failure_folder(key_of(info_of())) / "log.txt").write_text("x")
     total = store.size()
     assert store.clear() == (3, total)
     assert [p.name for p in folder.rglob("*")] == ["v1", "mine.txt"]
+
+
+OTHERS = (
+    "thesis.txt",
+    "failed/thesis",
+    "failed/small-sm_90a-0123/part",
+    "v1/film.mkv.part",
+    "v1/.film.cubin-0123456789abcdef.part",
+    "v1/other.cubin",
+    "v1/other.json",
+    "v1/small-sm_90a-notes.json",
+    "v1/small-sm_90a-notes.cubin",
+    "v1/archive/small-sm_90a-00000000000000000000.cubin",
+)
+
+
+@pytest.mark.parametrize("action", ["clear", "put", "look"])
+def test_the_users_own_files_stay(tmp_path, action):
+    """The folder is one that the user names, and may hold anything."""
+    own = tmp_path / "own"
+    store = Cache(own)
+    for name in OTHERS:
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_text(name)
+        os.utime(own / name, (1, 1))
+    if action == "clear":
+        store.failure_folder(key_of(info_of()))
+        assert store.clear() == (0, 0)
+    elif action == "put":
+        put(store)
+        store.failure_folder(key_of(info_of()))
+    assert store.get_source(key_of(info_of("b"))) is None
+    assert [name for name in OTHERS if (own / name).read_text() != name] == []
+    if action == "clear":
+        assert len([path for path in own.rglob("*") if path.is_file()]) == len(OTHERS)
+
+
+def test_only_the_newest_failures_are_kept(tmp_path):
+    store, key = Cache(tmp_path), key_of(info_of())
+    made = [store.failure_folder(key) for _ in range(12)]
+    assert all(path.exists() for path in made), "others may be writing theirs"
+    for number, path in enumerate(made):
+        (path / "log.txt").write_text("x")
+        os.utime(path, (1000 + number, 1000 + number))
+    newest = store.failure_folder(key)
+    assert sorted((tmp_path / "failed").iterdir()) == sorted([*made[-7:], newest])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other errors there")
+def test_a_folder_that_nobody_can_look_into(tmp_path, monkeypatch):
+    assert Cache(tmp_path / "absent").blocked() is None
+    put(Cache(tmp_path))
+    assert Cache(tmp_path).blocked() is None
+    (tmp_path / "file").write_text("in the way")
+    assert isinstance(Cache(tmp_path / "file").blocked(), NotADirectoryError)
+    if os.geteuid() == 0:  # who may do anything
+        monkeypatch.setattr(os, "scandir", raising_permission_error)
+    else:
+        Cache(tmp_path).folder.chmod(0)
+    assert isinstance(Cache(tmp_path).blocked(), PermissionError)
+    assert Cache(tmp_path).entries() == []
+
+
+def raising_permission_error(place):
+    raise PermissionError(13, "Permission denied", place)
 
 
 def age(entry, seconds):
@@ -207,8 +322,14 @@ def test_a_wrong_limit_is_an_error(tmp_path, monkeypatch, text):
 def test_what_dead_writers_left_is_removed_after_a_while(tmp_path):
     store = Cache(tmp_path)
     put(store, "a")
-    old = [store.folder / ".x.json-00.part", store.folder / f"small-sm_80-{'0' * 20}.cubin"]
-    new = [store.folder / ".y.json-11.part", store.folder / f"small-sm_80-{'1' * 20}.cubin"]
+    old, new = (
+        [
+            store.folder / f".small-sm_80-{digit * 20}.cubin-{digit * 16}.part",
+            store.folder / f".small-sm_80-{digit * 20}.json-{digit * 16}.part",
+            store.folder / f"small-sm_80-{digit * 20}.cubin",
+        ]
+        for digit in "01"
+    )
     for path in old + new:
         path.write_bytes(b"half")
     for path in old:
@@ -228,9 +349,18 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         put(store)
+    assert caught.value.filename == str(store.folder / f"{info_of().stem}.cubin")
     assert list(store.folder.iterdir()) == []
+    monkeypatch.undo()
+    replace, seen = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *paths: (seen.append(paths[0]), replace(*paths)))
+    put(store)
+    assert all(cache._TEMPORARY_NAME.fullmatch(Path(path).name) for path in seen), (
+        "or none is swept"
+    )
+    assert len(seen) == 2
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path, monkeypatch):
@@ -344,8 +474,6 @@ def test_a_full_file_system(tmp_path):
 
 def test_info_has_no_field_that_is_not_checked():
     assert {field.name for field in dataclasses.fields(Info)} - WRONG.keys() == {
-        "expression",
-        "nvrtc",
         "cusparge",
         "spill_bytes",
         "stack_bytes",

@@ -94,7 +94,8 @@ child = os.fork()
 if child == 0:
     build.build(cuda_tools.small(), "sm_90a")
     cache.default()
-    storage._remove_private(os.getpid(), storage._make_private(OSError("a test")).root)
+    from cusparge._cuda import private
+    private.remove(os.getpid(), storage._make_private(OSError("a test")).root)
     print("child", flush=True)
     os._exit(0)
 for _ in range(600):

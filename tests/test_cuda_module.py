@@ -1,12 +1,15 @@
 """From machine code to a function in memory: the loop that loads, threads, captures, forks."""
 
+import json
 import os
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from cuda_tools import DriverError, isolate, need_nvrtc, run_script, small, use_fake_cupy
 
-from cusparge._cuda import build, cache, devices, module, notices, storage
+from cusparge._cuda import build, cache, devices, module, notices, private, storage
 from cusparge.errors import CompileError, DeviceError, InvalidArgumentError
 
 
@@ -163,6 +166,85 @@ def test_a_vandal_and_threads(cupy, rng):
         assert len({(variant, id(function)) for variant, function in got}) == len(dict(got))
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "CUDA_ERROR_INVALID_IMAGE",
+        "CUDA_ERROR_INVALID_SOURCE",
+        "CUDA_ERROR_NO_BINARY_FOR_GPU",
+        "CUDA_ERROR_FILE_NOT_FOUND",
+        "CUDA_ERROR_NOT_FOUND",
+        "CUDA_ERROR_INVALID_PTX",
+        "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        "CUDA_ERROR_UNKNOWN",
+        "CUDA_ERROR_INVALID_VALUE",
+        "CUDA_ERROR_OPERATING_SYSTEM",
+    ],
+)
+def test_what_may_be_the_files_fault_is_mended_by_a_new_file(cupy, word):
+    made = build.build(small(), "sm_90a")
+    old = made.path.stat().st_ino, made.path.stat().st_mtime_ns
+
+    def before_load(path):
+        if (os.stat(path).st_ino, os.stat(path).st_mtime_ns) == old:
+            raise DriverError(f"{word}: some words")
+
+    cupy.before_load = before_load
+    assert module.kernel(small(), 0).name == made.lowered
+
+
+def forget_private(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(private.lifecycle, "end", lambda: None)
+        private.remove(os.getpid(), storage._own().root)
+
+
+def test_a_refused_file_in_a_cache_that_is_only_read(cupy, monkeypatch, tmp_path):
+    made = build.build(small(), "sm_90a")
+
+    def read_only(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    def before_load(path):
+        if path == str(made.path):
+            raise DriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+
+    cupy.before_load = before_load
+    real = cache.Cache._write
+    monkeypatch.setattr(
+        cache.Cache,
+        "_write",
+        lambda self, *rest: read_only() if self.root == tmp_path / "cache" else real(self, *rest),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", read_only)
+        patch.setattr(Path, "unlink", read_only)
+        assert module.kernel(small(), 0).name == made.lowered
+        assert cupy.loads[-1][0] != str(made.path)
+    forget_private(monkeypatch)
+
+
+def test_a_folder_in_the_place_of_the_file(cupy, monkeypatch):
+    def before_load(path):
+        if path.startswith(str(cache.folder())):
+            os.unlink(path)
+            os.mkdir(path)
+            raise DriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+
+    cupy.before_load = before_load
+    assert module.kernel(small(), 0).name
+    forget_private(monkeypatch)
+
+
+@pytest.mark.parametrize(("field", "value"), [("lowered", "\ud800"), ("nvrtc", "abc")])
+def test_metadata_that_means_nothing_is_recovered_from(cupy, field, value):
+    made = build.build(small(), "sm_90a")
+    raw = json.loads(made.path.with_suffix(".json").read_text())
+    made.path.with_suffix(".json").write_text(json.dumps(raw | {field: value}))
+    assert module.kernel(small(), 0).name == made.lowered
+    assert build.peek(small(), "sm_90a").info.nvrtc == made.info.nvrtc
+
+
 # ---- when the device is to blame -----------------------------------------------------------------
 
 
@@ -206,6 +288,39 @@ def test_off_compiles_nothing_and_takes_what_there_is(cupy, monkeypatch):
     assert cache.default().entries() == []
     made = build.build(small(), "sm_90a")  # as `cusparge compile` does
     assert module.kernel(small(), 0).name == made.lowered
+
+
+@pytest.mark.parametrize("word", ["CUDA_ERROR_UNKNOWN", "CUDA_ERROR_INVALID_IMAGE"])
+def test_off_keeps_what_the_driver_refuses_and_says_why(cupy, monkeypatch, word):
+    made = build.build(small(), "sm_90a")
+    monkeypatch.setenv("CUSPARGE_COMPILE", "off")
+    cupy.error = DriverError(f"{word}: the words of the driver")
+    for _ in range(2):
+        with pytest.raises(CompileError, match=f"{word}: the words of the driver") as caught:
+            module.kernel(small(), 0)
+        assert str(made.path) in str(caught.value)
+        assert "attempts" not in str(caught.value)
+        assert "cusparge compile --arch sm_90a" in str(caught.value)
+    assert made.path.exists()
+    assert made.path.with_suffix(".json").exists()
+    cupy.error = None
+    assert module.kernel(small(), 0).name == made.lowered, "it was for a moment only"
+
+
+def test_off_tries_a_seed_after_the_cache(cupy, monkeypatch, tmp_path):
+    made = build.build(small(), "sm_90a")
+    shutil.copytree(tmp_path / "cache", tmp_path / "seed")
+    monkeypatch.setenv("CUSPARGE_CACHE_SEED", str(tmp_path / "seed"))
+    monkeypatch.setenv("CUSPARGE_COMPILE", "off")
+
+    def before_load(path):
+        if path == str(made.path):
+            raise DriverError("CUDA_ERROR_INVALID_IMAGE")
+
+    cupy.before_load = before_load
+    assert module.kernel(small(), 0).name == made.lowered
+    assert str(tmp_path / "seed") in cupy.loads[-1][0]
+    assert made.path.exists()
 
 
 def test_a_wrong_mode_is_an_error_at_first_use(cupy, monkeypatch):

@@ -133,9 +133,36 @@ def test_architectures_that_it_does_not_know(fake, monkeypatch):
     compiler.require_arch("sm_90a")
     with pytest.raises(CompileError, match=r"sm_103a needs NVRTC >= 12\.9, found 12\.8"):
         compiler.require_arch("sm_103a")
+    with pytest.raises(CompileError, match=r"sm_110a needs NVRTC >= 13\.0, found 12\.8"):
+        compiler.require_arch("sm_110a")
     for arch in ("sm_89", "sm_75", "compute_90", "sm_90x"):
         with pytest.raises(CompileError, match="it knows sm_80, sm_90, sm_100, sm_120"):
             compiler.require_arch(arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "version", "packages"),
+    [
+        ("sm_103a", "12.9", ["nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-nvrtc-cu12>=12.9"]),
+        ("sm_110a", "13.0", ["nvidia-cuda-nvrtc>=13.0,<14"]),
+    ],
+)
+def test_what_helps_has_the_version_that_is_needed(fake, monkeypatch, arch, version, packages):
+    path = fake(12, 8)
+    monkeypatch.delenv("CUSPARGE_NVRTC", raising=False)
+    compiler = nvrtc.Nvrtc(str(path))
+    with pytest.raises(CompileError) as caught:
+        compiler.require_arch(arch)
+    text = str(caught.value)
+    assert re.findall(r'"(nvidia[^"]*)"', text) == packages
+    assert text.count("12.8") == text.count("found 12.8") + str(path).count("12.8")
+    # What is installed does not count where the variable names another one.
+    monkeypatch.setenv("CUSPARGE_NVRTC", str(path))
+    with pytest.raises(
+        CompileError, match=rf"version {version} or later in CUSPARGE_NVRTC"
+    ) as caught:
+        compiler.require_arch(arch)
+    assert "pip install" not in str(caught.value)
 
 
 def test_a_broken_installation_is_an_error(fake, monkeypatch):

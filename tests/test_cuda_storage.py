@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cuda_tools import code_of, info_of, isolate, key_of, put, run_script
 
-from cusparge._cuda import cache, notices, storage
+from cusparge._cuda import cache, notices, private, storage
 from cusparge._cuda.cache import Cache
 from cusparge.errors import CompileError
 
@@ -54,28 +54,32 @@ def raising(number, text):
     return mkdir
 
 
+def forget(folder, monkeypatch):
+    """Remove a private folder, and let this process go on compiling."""
+    with monkeypatch.context() as patch:
+        patch.setattr(private.lifecycle, "end", lambda: None)
+        private.remove(os.getpid(), folder)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("block", [block_with_a_file, block_reading, block_space])
 def test_a_private_folder_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capfd, block):
     block(tmp_path / "cache", monkeypatch)
     info = info_of()
     entry = storage.store(code_of("a"), info)
-    private = entry.path.parents[1]
+    folder = entry.path.parents[1]
     assert tmp_path not in entry.path.parents
     if sys.platform != "win32":
-        assert private.stat().st_mode & 0o777 == 0o700
+        assert folder.stat().st_mode & 0o777 == 0o700
     assert storage.lookup(key_of(info), exact=True) == entry
     again = storage.store(code_of("b"), info_of("b"))
     assert again.path.parent == entry.path.parent
     said = capfd.readouterr().err
     assert said.count("CUSPARGE_CACHE_DIR") == 1
-    assert str(private) in said
+    assert str(folder) in said
     storage.drop(entry.path)
     assert storage.lookup(key_of(info), exact=True) is None
-    storage._remove_private(os.getpid() + 1, private)
-    assert private.exists(), "a child must not take its parent's folder away"
-    monkeypatch.setattr(storage.lifecycle, "end", lambda: None)
-    storage._remove_private(os.getpid(), private)
-    assert not private.exists()
+    forget(folder, monkeypatch)
 
 
 def test_no_folder_at_all_is_an_error(tmp_path, monkeypatch):
@@ -120,6 +124,56 @@ def test_an_unprivileged_user_and_an_unwritable_folder(tmp_path):
         assert list(Path(name, "cache").iterdir()) == []
 
 
+# ---- entries that cannot be removed --------------------------------------------------------------
+
+
+def refuse(error):
+    def unlink(self, missing_ok=False):
+        raise error
+
+    return unlink
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(30, "Read-only file system"), PermissionError(13, "in use")]
+)
+def test_an_entry_that_cannot_be_removed_is_passed_over(tmp_path, monkeypatch, error):
+    made = storage.store(code_of("a"), info_of())
+    older = storage.store(code_of("a"), info_of(nvrtc="12.8"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse(error))
+        storage.drop(made.path)
+    assert made.path.exists()
+    assert storage.lookup(key_of(made.info), exact=True) is None
+    assert storage.lookup(key_of(made.info), exact=False) == older
+    # What is written in its place is another file.
+    assert storage.store(code_of("a"), info_of()) == made
+    assert storage.lookup(key_of(made.info), exact=True) == made
+
+
+def test_a_folder_in_the_place_of_a_cubin(tmp_path, capfd, monkeypatch):
+    made = storage.store(code_of("a"), info_of())
+    made.path.unlink()
+    made.path.mkdir()
+    storage.drop(made.path)
+    assert storage.lookup(key_of(made.info), exact=True) is None
+    again = storage.store(code_of("a"), info_of())
+    assert storage.lookup(key_of(made.info), exact=True) == again
+    assert again.path.parent != made.path.parent
+    assert "cannot be kept" in capfd.readouterr().err
+    forget(again.path.parents[1], monkeypatch)
+
+
+def test_what_the_caller_passes_over(tmp_path, monkeypatch):
+    made = storage.store(code_of("a"), info_of())
+    seeded = put(Cache(tmp_path / "seed"))
+    seed_with(monkeypatch, tmp_path / "seed")
+    key = key_of(info_of())
+    assert storage.lookup(key, exact=True) == made
+    assert storage.lookup(key, exact=True, without={made.path}) == seeded
+    assert storage.lookup(key, exact=False, without={made.path, seeded.path}) is None
+
+
 # ---- where ---------------------------------------------------------------------------------------
 
 
@@ -152,13 +206,24 @@ def test_a_user_without_a_home(monkeypatch, capfd):
     monkeypatch.delenv("CUSPARGE_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(storage.lifecycle, "end", lambda: None)
     info = info_of()
     assert storage.lookup(key_of(info), exact=True) is None
     entry = storage.store(code_of("a"), info)
     assert storage.lookup(key_of(info), exact=True) == entry
     assert "home directory" in capfd.readouterr().err
-    storage._remove_private(os.getpid(), entry.path.parents[1])
+    forget(entry.path.parents[1], monkeypatch)
+
+
+def test_the_home_folder_of_an_unknown_user(monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUSPARGE_CACHE_DIR", "~nobody-of-this-name/x")
+    monkeypatch.setattr(os.path, "expanduser", lambda text: text)
+    with pytest.raises(RuntimeError, match="CUSPARGE_CACHE_DIR=~nobody-of-this-name/x names"):
+        cache.root()
+    entry = storage.store(code_of("a"), info_of())
+    assert "CUSPARGE_CACHE_DIR=~nobody-of-this-name/x names" in capfd.readouterr().err
+    assert not list(tmp_path.glob("~*"))
+    forget(entry.path.parents[1], monkeypatch)
 
 
 # ---- seeds ---------------------------------------------------------------------------------------

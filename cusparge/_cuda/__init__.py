@@ -5,7 +5,8 @@
     variants    which kernels exist: a file and a C++ name expression each
     sources     where the CUDA sources lie, and their bytes
     nvrtc       NVIDIA's run-time compiler, called through ctypes
-    cache       compiled kernels on disk; storage: which folders are used
+    cache       compiled kernels on disk (entries); storage: which folders are used
+    private     a folder of this process, where no other can be written
     build       variant -> file of machine code, from the cache or compiled
     module      variant -> function on one device, kept in memory
     params      what one call launches, made once for a shape; pooling: for pool.cu

@@ -17,13 +17,14 @@ from pathlib import Path
 from cusparge._cuda import cache as caches
 from cusparge._cuda import tarball
 from cusparge._cuda.cache import Cache, Info, Key
+from cusparge._cuda.entries import MOST_CUBIN, MOST_JSON, read_file
 from cusparge.errors import InvalidArgumentError
 
 __all__ = ["Report", "export", "import_"]
 
 _STEM = r"[A-Za-z0-9_]{1,67}-sm_[0-9]{2,3}[af]?-[0-9a-f]{20}"
 #: What an archive may hold, and how many bytes each file may have.
-_LIMITS = {_STEM + r"\.cubin": 64 << 20, _STEM + r"\.json": 1 << 20}
+_LIMITS = {_STEM + r"\.cubin": MOST_CUBIN, _STEM + r"\.json": MOST_JSON}
 _KERNEL_FILE = re.compile(r"[A-Za-z0-9_]+\.cu")
 _ELF = b"\x7fELF"
 
@@ -73,8 +74,8 @@ def export(cache: Cache, file: str | os.PathLike[str]) -> Report:
     infos = []
     for entry in cache.entries():
         try:
-            cubin = entry.path.read_bytes()
-        except OSError:
+            cubin = read_file(entry.path, entry.info.size)
+        except (OSError, ValueError):
             cubin = b""
         metadata = entry.info.dump()
         try:
@@ -110,7 +111,8 @@ def import_(file: str | os.PathLike[str], cache: Cache) -> Report:
     InvalidArgumentError
         The file is no such archive, or it was damaged; nothing was written then.
     OSError
-        The file cannot be read, or the cache cannot be written.
+        The file cannot be read, or the cache cannot be written: its `filename` tells which. What
+        was put into the cache before that stays there.
     """
     path = Path(file)
     files = tarball.read(path, limits=_LIMITS)

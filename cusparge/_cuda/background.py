@@ -75,9 +75,16 @@ def _warn(text: str) -> None:
 
 def _start_thread() -> None:
     global _thread
-    if _thread is None:
-        _thread = threading.Thread(target=_run, name="cusparge-background", daemon=True)
+    if _thread is not None:
+        return
+    _thread = threading.Thread(target=_run, name="cusparge-background", daemon=True)
+    try:
         _thread.start()
+    except RuntimeError as error:  # a limit of processes or memory: kernels compile at first use
+        _thread = None
+        from cusparge._cuda.notices import LOG
+
+        LOG.info("nothing is compiled in the background: %s", error)
 
 
 def _run() -> None:

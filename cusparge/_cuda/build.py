@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -80,17 +80,19 @@ def _lock_of(variant: Variant, arch: str) -> threading.Lock:
         return _locks.setdefault((variant, arch), threading.Lock())
 
 
-def peek(variant: Variant, arch: str, *, exact: bool = True) -> Binary | None:
+def peek(
+    variant: Variant, arch: str, *, exact: bool = True, without: Collection[Path] = ()
+) -> Binary | None:
     """Return machine code that exists already, in the cache or a seed; never compile.
 
     Without `exact`, code that another version of NVRTC made will do. So it will where there is no
-    NVRTC.
+    NVRTC. The files in `without` are passed over.
     """
     try:
         version = nvrtc.load().version
     except CompileError:
         version, exact = None, False
-    entry = storage.lookup(key_of(variant, arch, version), exact=exact)
+    entry = storage.lookup(key_of(variant, arch, version), exact=exact, without=without)
     if entry is None:
         return None
     return Binary(entry.path, entry.info.lowered, arch, variant, entry.info)
@@ -154,6 +156,9 @@ def _compile(variant: Variant, arch: str) -> Binary | None:
     error = result.error or unwanted_warning(result.log)
     if error is None and not result.cubin.startswith(b"\x7fELF"):
         error = "the compiler returned something else than machine code"
+    if error is None and not result.lowered:
+        # NVRTC takes bytes that are no UTF-8 for the end of the text, and does not complain.
+        error = "the compiler returned code without the kernel: is its source no UTF-8?"
     if error is not None:
         raise compile_failure(error, result.log, variant, key, text, options, compiler)
     info = Info(
@@ -248,13 +253,13 @@ def try_all(
     taking, changed = threading.Lock(), threading.Condition()
     done = total - len(missing)
 
+    def take() -> int | None:
+        with taking:
+            return next(queue, None)
+
     def work() -> None:
         nonlocal done
-        while True:
-            with taking:
-                index = next(queue, None)
-            if index is None:
-                return
+        while (index := take()) is not None:
             try:
                 result: Binary | BaseException = _build(variants[index], arch)
             except BaseException as error:  # handed to the caller's thread
@@ -264,14 +269,24 @@ def try_all(
                 done += 1
                 changed.notify_all()
 
+    def work_here() -> None:
+        """Take one: no thread could be started."""
+        nonlocal done
+        if (index := take()) is not None:
+            try:
+                results[index] = _build(variants[index], arch)
+            except Exception as error:
+                results[index] = error
+            done += 1
+
     with Progress([variants[index].file for index in missing], arch, shown=on_done is None) as line:
-        # Daemon threads: a program may end without waiting for a compiler.
-        count = max(1, min(jobs or min(_MAX_JOBS, os.cpu_count() or 1), len(missing)))
-        for _ in range(count):
-            threading.Thread(target=work, name="cusparge-compile", daemon=True).start()
+        wanted = max(1, min(jobs or min(_MAX_JOBS, os.cpu_count() or 1), len(missing)))
+        started = _start(work, wanted) if missing else 0
         seen = total - len(missing)
         try:
             while seen < total:
+                if not started:
+                    work_here()
                 with changed:
                     while done == seen:
                         changed.wait()
@@ -290,6 +305,19 @@ def try_all(
         elif result is not None:
             raise result
     return ready
+
+
+def _start(work: Callable[[], None], count: int) -> int:
+    """Start so many threads, or as many as the system grants; return how many that were."""
+    for number in range(count):
+        # Daemon threads: a program may end without waiting for a compiler.
+        thread = threading.Thread(target=work, name="cusparge-compile", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # a limit of processes or memory, or the interpreter ends
+            LOG.info("%d threads compile, %d were wanted: %s", number, count, error)
+            return number
+    return count
 
 
 def _reset() -> None:

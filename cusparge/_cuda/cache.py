@@ -9,7 +9,7 @@ json, and what does not fit is removed and compiled again.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 import secrets
@@ -17,126 +17,41 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
+from cusparge._cuda.entries import (
+    FORMAT,
+    MOST_JSON,
+    STEM,
+    Entry,
+    Info,
+    Key,
+    read_file,
+)
 from cusparge.errors import InvalidArgumentError
 
 __all__ = ["FORMAT", "Cache", "Entry", "Info", "Key", "default", "folder", "limit", "root"]
 
-#: Version of the layout and of the metadata; part of every key.
-FORMAT = 1
-
 _FOLDER = f"v{FORMAT}"
-_STEM = re.compile(r"[A-Za-z0-9_]{1,100}-sm_[0-9]{2,3}[af]?-[0-9a-f]{20}")
-_HEX = re.compile(r"[0-9a-f]{64}")
+_FAILED = "failed"
 _TEMPORARY = ".part"
+
+#: Our own names, exactly: a folder that the user chose may hold files of others as well.
+_TEMPORARY_NAME = re.compile(rf"\.{STEM.pattern}\.(?:cubin|json)-[0-9a-f]{{16}}\.part")
+_FAILED_NAME = re.compile(rf"{STEM.pattern}-[0-9a-f]{{8}}")
 
 #: Seconds after which a file that nobody has finished belongs to a writer that is gone.
 _STALE = 3600
-#: More than any entry's description needs.
-_MAX_JSON = 1 << 20
+#: Of failed compilations, so many are kept for the user.
+_MOST_FAILED = 8
 
 _WINDOWS = sys.platform == "win32"
 
 _LIMIT_VARIABLE = "CUSPARGE_CACHE_LIMIT"
 _DEFAULT_LIMIT = 256 << 20
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-@dataclass(frozen=True)
-class Key:
-    """What an entry is found by.
-
-    `digest` covers everything; `source_digest` leaves the version of the compiler out. Both are
-    SHA-256 in hexadecimal digits.
-    """
-
-    kernel: str
-    arch: str
-    digest: str
-    source_digest: str
-
-    @property
-    def stem(self) -> str:
-        """The files' name without its suffix."""
-        return f"{Path(self.kernel).stem}-{self.arch}-{self.digest[:20]}"
-
-
-@dataclass(frozen=True)
-class Info:
-    """What is known about one compiled kernel; the json file holds these fields."""
-
-    kernel: str  #: file of kernels_cu
-    expression: str  #: C++ name
-    lowered: str  #: name in the machine code
-    arch: str
-    options: tuple[str, ...]
-    nvrtc: str  #: "13.0"
-    cusparge: str  #: version of this package
-    key: str
-    source_key: str  #: the key without NVRTC's version
-    sha256: str  #: of the cubin
-    size: int  #: bytes of the cubin
-    registers: int  #: of one thread; -1 where the compiler did not say
-    spill_bytes: int  #: stores and loads of registers that did not fit
-    stack_bytes: int
-    compile_ms: float
-
-    @classmethod
-    def parse(cls, data: bytes) -> Info:
-        """Read what `dump` wrote; ValueError for anything else."""
-        try:
-            raw = json.loads(data)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ValueError("not the metadata of a compiled kernel")
-        values: dict[str, Any] = {field.name: raw.get(field.name) for field in fields(cls)}
-        for name in ("size", "registers", "spill_bytes", "stack_bytes"):
-            if type(values[name]) is not int or not -1 <= values[name] < 1 << 40:
-                raise ValueError(f"{name} is no number of this size")
-        if type(values["compile_ms"]) not in (int, float) or not 0 <= values["compile_ms"] < 1e9:
-            raise ValueError("compile_ms is no duration")
-        options = values["options"]
-        if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
-            raise ValueError("options is no list of texts")
-        values["options"] = tuple(options)
-        for name in ("kernel", "expression", "lowered", "arch", "nvrtc", "cusparge"):
-            if not isinstance(values[name], str) or not values[name]:
-                raise ValueError(f"{name} is no text")
-        for name in ("key", "source_key", "sha256"):
-            if not isinstance(values[name], str) or not _HEX.fullmatch(values[name]):
-                raise ValueError(f"{name} is no SHA-256")
-        info = cls(**values)
-        if not _STEM.fullmatch(info.stem):
-            raise ValueError("kernel or arch is no name of one")
-        return info
-
-    def dump(self) -> bytes:
-        """Return the json file's bytes."""
-        return json.dumps({"format": FORMAT} | asdict(self), indent=1, sort_keys=True).encode()
-
-    @property
-    def stem(self) -> str:
-        """The files' name without its suffix."""
-        return Key(self.kernel, self.arch, self.key, self.source_key).stem
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One compiled kernel on disk."""
-
-    path: Path  #: the cubin
-    info: Info
-
-    @property
-    def metadata(self) -> Path:
-        """The json file."""
-        return self.path.with_suffix(".json")
 
 
 class Cache:
@@ -157,19 +72,24 @@ class Cache:
         #: Entries that did not fit their hash since this object was made.
         self.corrupt = 0
 
-    def get(self, key: Key) -> Entry | None:
-        """Return the entry of a key, checked, or None."""
+    def get(self, key: Key, *, without: Collection[Path] = ()) -> Entry | None:
+        """Return the entry of a key, checked, or None; cubins in `without` are passed over."""
         for place in self._places():
-            entry = self._read(place / f"{key.stem}.json")
+            path = place / f"{key.stem}.json"
+            if path.with_suffix(".cubin") in without:
+                continue
+            entry = self._read(path)
             if entry is not None and entry.info.key == key.digest:
                 return entry
         return None
 
-    def get_source(self, key: Key) -> Entry | None:
+    def get_source(self, key: Key, *, without: Collection[Path] = ()) -> Entry | None:
         """Return an entry of the same sources from whatever version of the compiler, or None."""
-        pattern = f"{Path(key.kernel).stem}-{key.arch}-*.json"
+        begin = f"{Path(key.kernel).stem}-{key.arch}-"
         for place in self._places():
-            for path in sorted(place.glob(pattern)):
+            for path in _described(place):
+                if not path.name.startswith(begin) or path.with_suffix(".cubin") in without:
+                    continue
                 entry = self._read(path)
                 if entry is not None and entry.info.source_key == key.source_digest:
                     return entry
@@ -195,14 +115,25 @@ class Cache:
         self._trim(bound, keep=entry.path.stem)
         return entry
 
+    def blocked(self) -> OSError | None:
+        """Return why nobody can look into the folder; None where it is not there yet."""
+        try:
+            os.stat(os.path.join(self.folder, "."))  # needs the right to reach the files in it
+            with os.scandir(self.folder):
+                return None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return error
+
     def entries(self) -> list[Entry]:
         """Return what is there, sorted by name, by metadata alone: no cubin is read."""
         found: dict[str, Entry] = {}
         for place in self._places():
-            for path in sorted(place.glob("*.json")):
+            for path in _described(place):
                 info = _parsed(path)
                 cubin = path.with_suffix(".cubin")
-                if info is not None and info.stem == path.stem and cubin.is_file():
+                if info is not None and info.stem == path.stem and os.path.isfile(cubin):
                     found.setdefault(path.stem, Entry(cubin, info))
         return [found[stem] for stem in sorted(found)]
 
@@ -213,7 +144,10 @@ class Cache:
             _unlink(entry.path)
 
     def clear(self) -> tuple[int, int]:
-        """Remove every entry, and what was kept of failed compilations; return count and bytes."""
+        """Remove every entry, and what was kept of failed compilations; return count and bytes.
+
+        Files of other names stay: the folder may be one that the user keeps other things in.
+        """
         count = total = 0
         for stem, (size, _) in self._sizes().items():
             # The json first: an entry without one does not exist.
@@ -221,8 +155,24 @@ class Cache:
                 count += 1
                 total += size
         self._sweep(60)  # a minute: what others write right now is left to them
-        shutil.rmtree(self.root / "failed", ignore_errors=True)
+        failed = self.root / _FAILED
+        for path in _failures(failed):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or something of the user's lies in it
+            failed.rmdir()
         return count, total
+
+    def failure_folder(self, key: Key) -> Path:
+        """Make a folder for the files of a failed compilation; only the newest ones are kept."""
+        failed = self.root / _FAILED
+        made = failed / f"{key.stem}-{secrets.token_hex(4)}"
+        made.mkdir(parents=True)
+        before = time.time() - 60  # others may be writing theirs right now
+        for path in _failures(failed)[_MOST_FAILED:]:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if path != made and path.lstat().st_mtime < before:
+                    shutil.rmtree(path, ignore_errors=True)
+        return made
 
     def size(self) -> int:
         """Return the bytes of all entries, both files of each."""
@@ -233,16 +183,16 @@ class Cache:
 
     def _read(self, path: Path) -> Entry | None:
         """Return the entry whose json is `path`, if all of it is right; else remove it."""
-        try:
-            data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError:  # not ours to read: whoever may write will replace it
-            return None
         cubin = path.with_suffix(".cubin")
         try:
-            info = Info.parse(data)
-            code = cubin.read_bytes()
+            data: bytes | None = read_file(path, MOST_JSON)
+        except OSError:  # not there, or not ours to read: whoever may write will replace it
+            return None
+        except ValueError:  # too large, or no file
+            data = None
+        try:
+            info = Info.parse(data or b"")
+            code = read_file(cubin, info.size)
             good = (
                 info.stem == path.stem
                 and info.size == len(code)
@@ -277,6 +227,10 @@ class Cache:
                 file.flush()
                 os.fsync(file.fileno())
             self._replace(temporary, target, entry)
+        except OSError as error:
+            if error.filename2 is None:  # a full disk names no file at all
+                error.filename = str(target)
+            raise
         finally:
             _unlink(temporary)
 
@@ -305,10 +259,10 @@ class Cache:
         used: dict[str, float] = {}
         for item in _scan(self.folder):
             stem, suffix = os.path.splitext(item.name)
-            if suffix not in (".json", ".cubin") or not _STEM.fullmatch(stem):
+            if suffix not in (".json", ".cubin") or not STEM.fullmatch(stem):
                 continue
             try:
-                status = item.stat()
+                status = item.stat(follow_symlinks=False)
             except OSError:  # gone meanwhile
                 continue
             sizes[stem] = sizes.get(stem, 0) + status.st_size
@@ -335,11 +289,13 @@ class Cache:
         before = time.time() - age
         for item in _scan(self.folder):
             path = Path(item.path)
-            left = item.name.endswith(_TEMPORARY) or (
-                path.suffix == ".cubin" and not path.with_suffix(".json").exists()
+            left = _TEMPORARY_NAME.fullmatch(item.name) or (
+                path.suffix == ".cubin"
+                and STEM.fullmatch(path.stem)
+                and not os.path.lexists(path.with_suffix(".json"))
             )
             try:
-                if left and item.stat().st_mtime <= before:
+                if left and item.stat(follow_symlinks=False).st_mtime <= before:
                     _unlink(path)
             except OSError:  # gone meanwhile
                 continue
@@ -353,13 +309,31 @@ def _scan(place: Path) -> Iterator[os.DirEntry[str]]:
         return
 
 
+def _described(place: Path) -> list[Path]:
+    """Return the json files of entries, sorted by name."""
+    names = (item.name for item in _scan(place))
+    return [place / name for name in sorted(names) if _is_metadata(name)]
+
+
+def _is_metadata(name: str) -> bool:
+    return name.endswith(".json") and STEM.fullmatch(name.removesuffix(".json")) is not None
+
+
 def _parsed(path: Path) -> Info | None:
     try:
-        if path.stat().st_size > _MAX_JSON:
-            return None
-        return Info.parse(path.read_bytes())
+        return Info.parse(read_file(path, MOST_JSON))
     except (OSError, ValueError):
         return None
+
+
+def _failures(place: Path) -> list[Path]:
+    """Return the folders of failed compilations, the newest first."""
+    found = []
+    for item in _scan(place):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if _FAILED_NAME.fullmatch(item.name) and item.is_dir(follow_symlinks=False):
+                found.append((item.stat(follow_symlinks=False).st_mtime, item.path))
+    return [Path(path) for _, path in sorted(found, reverse=True)]
 
 
 def _unlink(path: Path) -> bool:
@@ -374,11 +348,17 @@ def root() -> Path:
     """Return the folder of the cache, which may not exist yet.
 
     ``CUSPARGE_CACHE_DIR``, else ``cusparge`` in the user's cache folder. RuntimeError where the
-    user has no home folder.
+    user has no home folder, or the user that is named.
     """
     given = os.environ.get("CUSPARGE_CACHE_DIR")
     if given:
-        return Path(os.path.abspath(os.path.expanduser(given)))
+        place = os.path.expanduser(given)
+        if place.startswith("~"):
+            raise RuntimeError(
+                f"CUSPARGE_CACHE_DIR={given[:200]} names the home folder of a user that is not "
+                "known here (./~... is a folder of that name)"
+            )
+        return Path(os.path.abspath(place))
     if _WINDOWS:
         local = os.environ.get("LOCALAPPDATA")
         return Path(local, "cusparge") if local else Path.home() / "AppData/Local/cusparge"

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cusparge._cuda import build, devices, modes, nvrtc
@@ -103,11 +104,17 @@ def _miss(
         )
     arch = _arch_of(device)
     cupy = devices.require_cupy()
-    binary = None
+    binary: Binary | None = None
     reason: Exception | None = None
+    refused: set[Path] = set()
     for _ in range(_ATTEMPTS):
         # Not under the lock: compiling one kernel does not hold up another.
-        binary = _cached(variant, arch) if mode == "off" else build.build(variant, arch)
+        if mode != "off":
+            binary = build.build(variant, arch)
+        elif (found := build.peek(variant, arch, exact=False, without=refused)) is not None:
+            binary = found
+        else:
+            break
         with _lock:
             held = _functions.get((device, variant))
             if held is not None:
@@ -121,9 +128,13 @@ def _miss(
             else:
                 _functions[device, variant] = function
                 return function
-        build.forget(binary)
-    assert binary is not None
-    raise _cannot_load(binary, device, reason) from reason
+        if mode == "off":  # nothing would replace it
+            refused.add(binary.path)
+        else:
+            build.forget(binary)
+    if binary is None:
+        raise _not_compiled(variant, arch)
+    raise _cannot_load(binary, device, reason, replaced=mode != "off") from reason
 
 
 def _arch_of(device: int) -> str:
@@ -140,16 +151,13 @@ def _is_lost(error: Exception) -> bool:
     return _forked and "initialization error" in str(error).lower()
 
 
-def _cached(variant: Variant, arch: str) -> Binary:
-    found = build.peek(variant, arch, exact=False)
-    if found is None:
-        raise CompileError(
-            f"{variant.file} ({variant.expression}) is not compiled for {arch}, and "
-            f"{modes.VARIABLE}=off forbids compiling. Compile it with `cusparge compile --arch "
-            f"{arch}` into the folder of CUSPARGE_CACHE_DIR or CUSPARGE_CACHE_SEED, or set "
-            f"{modes.VARIABLE}=lazy."
-        )
-    return found
+def _not_compiled(variant: Variant, arch: str) -> CompileError:
+    return CompileError(
+        f"{variant.file} ({variant.expression}) is not compiled for {arch}, and "
+        f"{modes.VARIABLE}=off forbids compiling. Compile it with `cusparge compile --arch "
+        f"{arch}` into the folder of CUSPARGE_CACHE_DIR or CUSPARGE_CACHE_SEED, or set "
+        f"{modes.VARIABLE}=lazy."
+    )
 
 
 def _load(cupy: Any, binary: Binary, device: int, shared_bytes: int) -> Any:
@@ -174,11 +182,13 @@ def _raise_device_error(error: Exception, device: int) -> None:
     ) from error
 
 
-def _cannot_load(binary: Binary, device: int, reason: Exception | None) -> CompileError:
+def _cannot_load(
+    binary: Binary, device: int, reason: Exception | None, *, replaced: bool
+) -> CompileError:
+    tried = f", even after {_ATTEMPTS} attempts with a new file" if replaced else ""
     text = (
-        f"the driver does not load {binary.path} on GPU {device}, even after {_ATTEMPTS} attempts "
-        f"with a new file: {reason}. It was compiled by NVRTC {binary.info.nvrtc} for "
-        f"{binary.arch}"
+        f"the driver does not load {binary.path} on GPU {device}{tried}: {reason}. It was compiled "
+        f"by NVRTC {binary.info.nvrtc} for {binary.arch}"
     )
     driver = devices.driver_cuda_version()
     major = int(binary.info.nvrtc.partition(".")[0])
@@ -187,6 +197,12 @@ def _cannot_load(binary: Binary, device: int, reason: Exception | None) -> Compi
             f"{text}, but the driver knows CUDA {driver[0]}.{driver[1]}: install a newer driver, "
             f'or an NVRTC of its major version (pip install "cusparge[cuda{driver[0]}]"): '
             f"{nvrtc.HOW_TO_INSTALL}."
+        )
+    if not replaced:
+        return CompileError(
+            f"{text}, and {modes.VARIABLE}=off forbids compiling it anew, so the file was left as "
+            f"it is. If it is damaged, remove it and run `cusparge compile --arch {binary.arch}`, "
+            f"or set {modes.VARIABLE}=lazy."
         )
     return CompileError(
         f"{text}. If the file vanishes or changes, another program cleans its folder: set "

@@ -138,7 +138,7 @@ class Nvrtc:
         if since is not None and since > self.version:
             raise CompileError(
                 f"{arch} needs NVRTC >= {since[0]}.{since[1]}, found {have} ({self.path}). "
-                f"Install a newer one: {HOW_TO_INSTALL}."
+                f"To mend it: {_how_to_renew(since)}."
             )
         known = ", ".join(f"sm_{number}" for number in supported if number >= 80)
         raise CompileError(
@@ -201,6 +201,22 @@ class Nvrtc:
         text = ctypes.create_string_buffer(max(1, size.value))
         self._check(self._library.nvrtcGetProgramLog(program, text))
         return text.value.decode(errors="replace").strip()
+
+
+def _how_to_renew(since: tuple[int, int]) -> str:
+    """Return how to get at least that version."""
+    version = f"{since[0]}.{since[1]}"
+    seed = "set CUSPARGE_CACHE_SEED to a folder of kernels that were compiled elsewhere"
+    if os.environ.get(_VARIABLE):
+        return f"name one of version {version} or later in {_VARIABLE}, or unset it, or {seed}"
+    ways = [f'pip install -U "nvidia-cuda-nvrtc>={version},<14" (driver 580 or later)']
+    if since < (13, 0):
+        ways = [
+            'pip install -U "nvidia-cuda-nvrtc>=13,<14" (driver 580 or later)',
+            f'pip install -U "nvidia-cuda-nvrtc-cu12>={version}"',
+        ]
+    ways.append(f"set {_VARIABLE} to the library of a CUDA toolkit of that version")
+    return ", or ".join([*ways, seed])
 
 
 def _texts(values: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:

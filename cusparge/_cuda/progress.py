@@ -54,7 +54,10 @@ class Progress:
         if self._total:
             LOG.info("compiling %s for %s", self._what, self._arch)
         if self._wanted:
-            self._timer.start()
+            try:
+                self._timer.start()
+            except RuntimeError as error:  # no further thread: compile without a word
+                LOG.debug("no progress is shown: %s", error)
         return self
 
     def update(self, done: int) -> None:

@@ -8,26 +8,26 @@ name in a shared folder would not do: machine code is loaded from here, and othe
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import os
-import shutil
 import tempfile
 import threading
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from cusparge._cuda import cache, lifecycle
+from cusparge._cuda import cache, private
 from cusparge._cuda.cache import Cache, Entry, Info, Key
 from cusparge._cuda.notices import say_once, short
 from cusparge.errors import CompileError
 
-__all__ = ["drop", "failures_folder", "lookup", "place", "seeds", "store"]
+__all__ = ["drop", "failure_folders", "lookup", "place", "seeds", "store"]
 
 _SEED_VARIABLE = "CUSPARGE_CACHE_SEED"
 
 _lock = threading.Lock()
 #: The private folder, and the process that it belongs to.
 _private: tuple[int, Cache] | None = None
-#: Entries of seeds that could not be loaded: they cannot be removed, so they are passed over.
+#: Cubins that could not be loaded and cannot be removed: they are passed over.
 _rejected: set[Path] = set()
 
 
@@ -52,30 +52,37 @@ def seeds() -> list[Cache]:
     return found
 
 
-def lookup(key: Key, *, exact: bool) -> Entry | None:
-    """Return the entry of a key, or None.
+def lookup(key: Key, *, exact: bool, without: Collection[Path] = ()) -> Entry | None:
+    """Return the entry of a key, or None; cubins in `without` are passed over.
 
     A seed may have been compiled by another version of NVRTC. Where nothing can be compiled,
     `exact` is false, and that holds for the cache as well, which may have been filled elsewhere.
     """
+    passed = {*_rejected, *without}
     own = _writable()
     for store_ in own:
-        if (entry := store_.get(key)) is not None:
+        if (entry := store_.get(key, without=passed)) is not None:
             return entry
     others = seeds()
     for look in (Cache.get, Cache.get_source):
         for seed in others:
-            if (entry := look(seed, key)) is not None and entry.path not in _rejected:
+            if (entry := look(seed, key, without=passed)) is not None:
                 return entry
     if not exact:
         for store_ in own:
-            if (entry := store_.get_source(key)) is not None:
+            if (entry := store_.get_source(key, without=passed)) is not None:
                 return entry
     return None
 
 
 def store(cubin: bytes, info: Info) -> Entry:
     """Write an entry to the cache, or to the private folder where the cache cannot be written."""
+    entry = _store(cubin, info)
+    _rejected.discard(entry.path)  # it is a new file now
+    return entry
+
+
+def _store(cubin: bytes, info: Info) -> Entry:
     if (own := _own()) is None:
         try:
             return cache.default().put(cubin, info)
@@ -88,24 +95,21 @@ def store(cubin: bytes, info: Info) -> Entry:
 
 
 def drop(path: Path) -> None:
-    """Forget an entry that could not be loaded: remove it, or pass over it where it is a seed."""
-    for store_ in _writable():
-        if path.parent == store_.folder:
+    """Forget an entry that could not be loaded: remove it, or pass over it where that fails."""
+    if any(path.parent == store_.folder for store_ in _writable()):
+        with contextlib.suppress(OSError):  # a read-only folder, an open file, or no file at all
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             return
     _rejected.add(path)
 
 
-def failures_folder(name: str) -> Path:
-    """Return a new, empty folder that is kept for the user, for the files of a failure."""
-    try:
-        folder = cache.default().root / "failed" / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="cusparge-failed-"))
+def failure_folders(key: Key) -> Iterator[Path]:
+    """Make folders that are kept for the user, for the files of a failure, until one will do."""
+    with contextlib.suppress(OSError, RuntimeError):
+        yield cache.default().failure_folder(key)
+    with contextlib.suppress(OSError):
+        yield Path(tempfile.mkdtemp(prefix="cusparge-failed-"))
 
 
 def _writable() -> list[Cache]:
@@ -129,22 +133,15 @@ def _make_private(reason: Exception) -> Cache:
         if own is not None:
             return own
         try:
-            made = Cache(tempfile.mkdtemp(prefix="cusparge-"))
+            made = Cache(private.make())
         except OSError as error:
             raise _nowhere(error) from error
         _private = (os.getpid(), made)
-        atexit.register(_remove_private, os.getpid(), made.root)
     say_once(
         f"compiled kernels cannot be kept ({reason}): they go to {made.root}, which is removed "
         "when this process ends. Set CUSPARGE_CACHE_DIR to a folder that can be written to."
     )
     return made
-
-
-def _remove_private(owner: int, folder: Path) -> None:
-    if os.getpid() == owner:
-        lifecycle.end()  # or a compilation would write there once more
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _nowhere(error: OSError) -> CompileError:

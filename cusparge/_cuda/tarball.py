@@ -77,8 +77,10 @@ def write(target: Path, files: Mapping[str, bytes]) -> int:
             os.fsync(stream.fileno())
             size = os.fstat(stream.fileno()).st_size
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(target)  # a full disk names none
         raise
     return size
 
@@ -115,6 +117,9 @@ def read(path: Path, *, limits: Mapping[str, int]) -> dict[str, bytes]:
         _check_manifest(files.pop(MANIFEST), files)
     except InvalidArgumentError as error:
         raise refused(path, error) from None
+    except OSError as error:
+        error.filename = str(path)
+        raise
     return files
 
 

@@ -68,8 +68,20 @@ def open_cache() -> Cache:
         return cache.default()
     except RuntimeError as error:  # of pathlib
         raise InvalidArgumentError(
-            f"there is no folder for compiled kernels: {error}. Name one in CUSPARGE_CACHE_DIR."
+            f"there is no folder for compiled kernels: {str(error).rstrip('.')}. Name one in "
+            "CUSPARGE_CACHE_DIR."
         ) from error
+
+
+def _open_readable() -> Cache:
+    """Return the cache; an error where nobody can tell what it holds."""
+    store = open_cache()
+    if (error := store.blocked()) is not None:
+        raise InvalidArgumentError(
+            f"{short(store.folder)}: {error.strerror}: what it holds cannot be seen. Make it a "
+            "folder that you may read and write, or name another in CUSPARGE_CACHE_DIR."
+        )
+    return store
 
 
 def amount(size: int) -> str:
@@ -103,7 +115,7 @@ def _path(args: argparse.Namespace, ui: Ui) -> int:
 def _list(args: argparse.Namespace, ui: Ui) -> int:
     from cusparge._cuda import cache
 
-    store = open_cache()
+    store = _open_readable()
     now = time.time()
     rows = [_row(entry, now) for entry in store.entries()]
     used, limit = store.size(), cache.limit()
@@ -168,7 +180,7 @@ def _age(seconds: float) -> str:
 
 
 def _clear(args: argparse.Namespace, ui: Ui) -> int:
-    store = open_cache()
+    store = _open_readable()
     count, freed = store.clear()
     left = store.size()
     ui.result(
@@ -202,7 +214,14 @@ def _export(args: argparse.Namespace, ui: Ui) -> int:
         )
     if target.exists() and not target.is_file():
         raise InvalidArgumentError(f"{args.file}: exists and is not an ordinary file.")
-    report = archive.export(open_cache(), target)
+    store = _open_readable()
+    try:
+        report = archive.export(store, target)
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{args.file}: {error.strerror}: the archive could not be written, and what was there "
+            "is as before. Free some room, or name a file in another folder."
+        ) from error
     _tell(ui, "export", args.file, report)
     if report.skipped:
         names = ", ".join(report.skipped)
@@ -213,7 +232,17 @@ def _export(args: argparse.Namespace, ui: Ui) -> int:
 def _import(args: argparse.Namespace, ui: Ui) -> int:
     from cusparge._cuda import archive
 
-    report = archive.import_(args.file, open_cache())
+    store = open_cache()
+    try:
+        report = archive.import_(args.file, store)
+    except OSError as error:
+        if error.filename is None or Path(error.filename) == Path(args.file):
+            raise  # it is the archive that cannot be read
+        raise InvalidArgumentError(
+            f"{error.filename}: {error.strerror}: the kernels of {args.file} could not be put "
+            "there; what was imported before stays. Free some room, or name a folder that can be "
+            "written to in CUSPARGE_CACHE_DIR."
+        ) from error
     _tell(ui, "import", args.file, report)
     return 0
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cusparge._cuda import devices
 from cusparge._cuda.notices import short
@@ -12,6 +13,9 @@ from cusparge.cli.cache import open_cache
 from cusparge.cli.options import whole
 from cusparge.cli.ui import Ui, table
 from cusparge.errors import CompileError, CuspargeError, InvalidArgumentError, UnsupportedError
+
+if TYPE_CHECKING:
+    from cusparge._cuda.cache import Cache
 
 __all__ = ["add_parser"]
 
@@ -104,10 +108,8 @@ def execute(args: argparse.Namespace, ui: Ui) -> int:
             built, row = _compile(arch, kernels, args.jobs, advance)
             builds += built
             rows.append(row)
-    if args.out is not None:
-        for binary in builds:
-            target.put(binary.path.read_bytes(), binary.info)
-    _check_kept(rows, builds, target, allow_seeds=args.out is None)
+    problems = {} if args.out is None else _write_out(builds, target)
+    _check_kept(rows, builds, target, problems, allow_seeds=args.out is None)
     for row in rows:
         good = [kernel for kernel in row["kernels"] if kernel["error"] is None]
         row["cached"] = sum(kernel["cached"] for kernel in good)
@@ -184,8 +186,30 @@ def _known(number: int) -> int | None:
     return None if number < 0 else number
 
 
+def _write_out(builds: Sequence[Any], target: Cache) -> dict[str, str]:
+    """Copy what was built; return {name of a file: why it could not be written}."""
+    from cusparge._cuda.entries import read_file
+
+    problems = {}
+    for binary in builds:
+        try:
+            cubin = read_file(binary.path, binary.info.size)
+        except (OSError, ValueError):  # the limit has removed it again: `_check_kept` tells
+            continue
+        try:
+            target.put(cubin, binary.info)
+        except (OSError, ValueError) as error:
+            problems[binary.path.name] = str(error)
+    return problems
+
+
 def _check_kept(
-    rows: Sequence[dict[str, Any]], builds: Sequence[Any], target: Any, *, allow_seeds: bool
+    rows: Sequence[dict[str, Any]],
+    builds: Sequence[Any],
+    target: Cache,
+    problems: dict[str, str],
+    *,
+    allow_seeds: bool,
 ) -> None:
     """Note as an error what was compiled and is not there for the next process."""
     from cusparge._cuda import storage
@@ -200,13 +224,17 @@ def _check_kept(
             if binary is None:
                 continue
             kept = target.folder / binary.path.name
-            if kept.exists():
+            # os.path: pathlib raises where we may not look.
+            if os.path.exists(kept) and kept.name not in problems:
                 kernel["path"] = short(kept)
-            elif not (allow_seeds and binary.path.parent in seeds and binary.path.exists()):
+            elif not (allow_seeds and binary.path.parent in seeds and os.path.exists(binary.path)):
+                why = problems.get(kept.name) or (
+                    "the folder cannot be written to, or CUSPARGE_CACHE_LIMIT is too small for all "
+                    "kernels"
+                )
                 kernel["error"] = (
-                    f"it was compiled but not kept in {short(target.root)}: the folder cannot "
-                    "be written to, or CUSPARGE_CACHE_LIMIT is too small for all kernels. Name "
-                    "another folder in CUSPARGE_CACHE_DIR or with --out, or raise the limit."
+                    f"it was compiled but not kept in {short(target.root)}: {why}. Name another "
+                    "folder in CUSPARGE_CACHE_DIR or with --out, or raise the limit."
                 )
 
 

@@ -224,7 +224,7 @@ def _show_gpu(ui: Ui, record: dict[str, Any]) -> None:
     if text["error"] is None:
         ui.show(f"kernels   {text['files']} source files, id {text['id']}, {text['folder']}")
     if store["folder"] is None:
-        ui.show("cache     none: there is no home folder")
+        ui.show(f"cache     none: {store['error']}")
     else:
         state = "writable" if store["writable"] else "NOT writable"
         size = amount(store["bytes"])

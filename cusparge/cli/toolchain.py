@@ -1,11 +1,12 @@
 """What `doctor` says about compiling kernels: NVRTC, the CUDA sources, the cache.
 
-Nothing is compiled, and nothing is written.
+Nothing is compiled, and nothing that is written stays.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from cusparge._cuda.notices import short
 from cusparge.cli.checks import Findings, major
 from cusparge.errors import CompileError
 
-__all__ = ["check_layer", "has_builtins", "inspect_layer", "is_writable"]
+__all__ = ["check_layer", "has_builtins", "inspect_layer", "why_not_writable"]
+
+#: Bytes that the cache must have room for: a few kernels.
+_ROOM = 1 << 20
 
 
 def inspect_layer(architectures: Sequence[str]) -> dict[str, Any]:
@@ -58,12 +62,13 @@ def inspect_layer(architectures: Sequence[str]) -> dict[str, Any]:
         store = cache.default()
         found["cache"] |= {
             "folder": short(store.folder),
-            "writable": is_writable(store.folder),
+            "error": why_not_writable(store.folder),
             "kernels": len(store.entries()),
             "bytes": store.size(),
         }
     except RuntimeError as error:  # no home folder
-        found["cache"]["error"] = str(error)
+        found["cache"]["error"] = str(error).rstrip(".")
+    found["cache"]["writable"] = found["cache"]["error"] is None
     if found["sources"]["error"] is not None:
         return found
     for arch in architectures:
@@ -87,12 +92,31 @@ def has_builtins(library: Path) -> bool | None:
     return any(next(folder.glob(name), None) for name in ("libnvrtc-builtins*", "nvrtc-builtins*"))
 
 
-def is_writable(folder: Path) -> bool:
-    """Return whether files can be written to a folder that may not exist yet; writes nothing."""
-    for place in (folder, *folder.parents):
-        if os.path.lexists(place):
-            return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-    return False
+def why_not_writable(folder: Path) -> str | None:
+    """Return what keeps files from being written to a folder that may not exist yet, or None.
+
+    A file is written and removed again, in the folder or the nearest one above that exists: neither
+    rights nor free space tell about quotas, read-only mounts and file systems without files.
+    """
+    place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    try:
+        with tempfile.TemporaryFile(dir=place, prefix=".cusparge-") as file:
+            file.write(os.urandom(_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _advice_on_nvrtc(otherwise: str) -> str:
+    """Return how to come by another NVRTC: what is installed does not count beside the variable."""
+    if os.environ.get("CUSPARGE_NVRTC"):
+        return (
+            "unset CUSPARGE_NVRTC, or name in it the NVRTC library of another CUDA toolkit, of "
+            "version 12.8 or later"
+        )
+    return otherwise
 
 
 def check_layer(gpu: dict[str, Any], layer: dict[str, Any], findings: Findings) -> None:
@@ -110,8 +134,8 @@ def check_layer(gpu: dict[str, Any], layer: dict[str, Any], findings: Findings) 
     if compiler["error"] is not None and (present or os.environ.get("CUSPARGE_NVRTC")):
         findings.add(
             compiler["error"],
-            f"{devices.extra_advice()}; or compile elsewhere and name the folder in "
-            "CUSPARGE_CACHE_SEED",
+            f"{_advice_on_nvrtc(devices.extra_advice())}; or compile elsewhere and name the folder "
+            "in CUSPARGE_CACHE_SEED",
             blocks=[device for device in present if device["arch"] in missing],
             why="NVRTC is missing",
         )
@@ -119,15 +143,16 @@ def check_layer(gpu: dict[str, Any], layer: dict[str, Any], findings: Findings) 
         findings.add(
             f"NVRTC's second library, nvrtc-builtins, is not beside {compiler['path']}: compiling "
             "may fail",
-            f"install NVRTC again: {devices.extra_advice()}; or copy both libraries",
+            _advice_on_nvrtc(f"install NVRTC again: {devices.extra_advice()}")
+            + "; or copy both libraries",
         )
     for row in layer["kernels"]:
         if row["error"] is not None:
             blocked = [device for device in present if device["arch"] == row["arch"]]
             findings.add(
                 row["error"],
-                "install a newer NVRTC, or compile elsewhere and name the folder in "
-                "CUSPARGE_CACHE_SEED",
+                f"{_advice_on_nvrtc('install a newer NVRTC')}, or compile elsewhere and name the "
+                "folder in CUSPARGE_CACHE_SEED",
                 blocks=blocked if row["arch"] in missing else (),
                 why="NVRTC is too old for it",
             )
@@ -135,13 +160,14 @@ def check_layer(gpu: dict[str, Any], layer: dict[str, Any], findings: Findings) 
     if present and version and runs and major(version) > major(runs):
         findings.add(
             f"NVRTC {version} makes machine code that a driver for CUDA {runs} may not load",
-            f"{devices.extra_advice()}, or update the driver",
+            f"{_advice_on_nvrtc(devices.extra_advice())}, or update the driver",
         )
     if (present or os.environ.get("CUSPARGE_CACHE_DIR")) and not store["writable"]:
-        where = store["folder"] or f"there is none: {store['error']}"
+        where = f"{store['folder'] or 'there is none'}: {store['error']}"
         findings.add(
             f"the cache cannot be written to ({where}): every process compiles anew, into a "
             "private folder that it removes",
-            "set CUSPARGE_CACHE_DIR to a folder of yours, or compile once with "
+            "free some room if the disk is full, or set CUSPARGE_CACHE_DIR to a folder of yours, "
+            "or compile once with "
             '"cusparge compile --out DIR" and set CUSPARGE_CACHE_SEED=DIR',
         )
