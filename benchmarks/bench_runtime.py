@@ -221,6 +221,7 @@ def queuing(repeats: int, calls: int = 2000) -> Any:
         mock.patch.object(torch.Tensor, "is_cuda", True),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", stream, create=True),
         mock.patch.object(TorchAdapter, "device", device),
+        mock.patch.object(stage1, "require_device", return_value=(9, 0)),
         mock.patch.object(TorchAdapter, "view", view),
         mock.patch.object(devices, "_cupy", cupy),
         mock.patch.object(module, "_functions", {}),

@@ -36,6 +36,7 @@
 // for compute capability 8.0 and later; compiled and checked for 8.0, 8.6, 8.9, 9.0, 10.0, 12.0.
 
 #include "cusparge/params.cuh"
+#include "cusparge/pooling.cuh"
 #include "cusparge/ptx.cuh"
 #include "cusparge/rows.cuh"
 #include "cusparge/types.cuh"
@@ -52,64 +53,7 @@ using PoolTile = RowTile<kConfig.dtype, kConfig.head_dim>;
 
 inline constexpr int kChunkTokens = 256;  // cusparge._cuda.pooling.CHUNK_TOKENS
 inline constexpr int kMeanThreads = 512;  // cusparge._cuda.pooling.MEAN_THREADS
-inline constexpr int kMaxBlockTokens = 128;
-
-// Sums run on multiples of this.
-inline constexpr float kSumUnit = 1.0f / 512;
 static_assert(kChunkTokens * kSumUnit < 1, "a chunk's sum is finite");
-static_assert(kMaxBlockTokens * 2 * kSumUnit < 1, "a sum of differences is finite");
-
-// Sums of squares of y in kSumUnit that have lost nothing. Below, squares of single channels may
-// have vanished; above, they may have overflowed.
-inline constexpr float kSmallSquare = 0x1p-80f;
-inline constexpr float kLargeSquare = 0x1p120f;
-
-// Rounding leaves up to this share of the mean's length of a token that equals it: neighbouring
-// float32 numbers differ by 2^-23, and the mean is rounded more than once.
-inline constexpr float kNoise = 0x1p-22f;
-
-inline constexpr float kLargest = 0x1.fffffep127f;
-
-CS_DEV float saturated(float x) { return ptx::min(ptx::max(x, -kLargest), kLargest); }
-
-// Which token and channels a thread of a RowTile holds.
-template <class Tile>
-struct Place {
-  int lane;  // among those that share a token
-  int slot;  // which of the tokens that are read at a time
-  CS_DEV Place()
-      : lane(static_cast<int>(ptx::thread_x()) % Tile::kLanes),
-        slot(static_cast<int>(ptx::thread_x()) / Tile::kLanes) {}
-};
-
-// What one 16-byte store moves.
-struct alignas(16) FourFloats {
-  float x, y, z, w;
-};
-
-// A column of sums per slot: [slot][channel of the tile], as many as all threads hold.
-template <class Tile>
-CS_DEV void store_sums(float* s_sums, const Place<Tile>& place,
-                       const float (&sum)[Tile::kChannels]) {
-  constexpr int kRow = Tile::kRowPieces * Tile::kPieceChannels;
-#pragma unroll
-  for (int c = 0; c < Tile::kChannels; c += 4) {
-    const int piece = c / Tile::kPieceChannels;
-    const int channel = Tile::piece_channel(place.lane, piece) + c % Tile::kPieceChannels;
-    *reinterpret_cast<FourFloats*>(s_sums + place.slot * kRow + channel) =
-        FourFloats{sum[c], sum[c + 1], sum[c + 2], sum[c + 3]};
-  }
-}
-
-// Slot after slot, so that the order of the sum is fixed.
-template <class Tile>
-CS_DEV float sum_slots(const float* s_sums, int channel) {
-  constexpr int kRow = Tile::kRowPieces * Tile::kPieceChannels;
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int slot = 0; slot < Tile::kSlots; ++slot) sum += s_sums[slot * kRow + channel];
-  return sum;
-}
 
 // ---- mean over the tokens ----------------------------------------------------------------------
 
@@ -228,15 +172,6 @@ CS_KERNEL void __launch_bounds__(kMeanThreads) finish_mean(const MeanParams para
 
 // ---- blocks ------------------------------------------------------------------------------------
 
-// What a thread gathers from its tokens, for its channels.
-template <int kChannels>
-struct BlockSums {
-  float sum[kChannels] = {};   // of y, in kSumUnit
-  float unit[kChannels] = {};  // of y / |y|
-  bool has_direction = false;  // a token that is not zero was seen
-  bool is_bad = false;         // a NaN or an infinity was
-};
-
 // The mean in this lane's channels; zero without one.
 template <class Tile>
 CS_DEV void load_mean(const float* mean_row, int head_dim, int lane,
@@ -276,13 +211,7 @@ CS_DEV u32 add_tokens(const HeadRows& rows, int first, int end, int lane, float 
     if (ptx::ballot(is_real && !is_ordinary) != 0) {
       left |= 1u << i;
     } else if (is_real) {
-      const float inverse = ptx::rsqrt_approx(squares);
-#pragma unroll
-      for (int c = 0; c < Tile::kChannels; ++c) {
-        sums.sum[c] += y[c];
-        sums.unit[c] = ptx::fma(y[c], inverse, sums.unit[c]);
-      }
-      sums.has_direction = true;
+      add_ordinary(y, squares, sums);
     }
   }
   return left;
@@ -290,58 +219,18 @@ CS_DEV u32 add_tokens(const HeadRows& rows, int first, int end, int lane, float 
 
 // Add a token whose sum of squares cannot be trusted; it is read again, so that the registers are
 // free for it. Whole warps call.
-//
-// Both x and the mean are scaled by the power of two that brings the larger of them near 1, exactly
-// but for channels some 2^-100 of it. Then y is either noise, or at least 2^-22 of the mean's
-// length, or as long as x: its square is far from the ends of float32.
 template <PoolConfig kConfig>
 CS_DEV void add_carefully(const HeadRows& rows, int token, int end, int lane, const float* mean_row,
                           int head_dim, BlockSums<PoolTile<kConfig>::kChannels>& sums) {
   using Tile = PoolTile<kConfig>;
-  constexpr int kChannels = Tile::kChannels;
-  const bool is_real = token < end;
   V4 pieces[1][Tile::kPieces];
   load_tokens<Tile, Tile::kElementBytes>(rows, token, end, lane, pieces);
-  float x[kChannels];
+  float x[Tile::kChannels];
   widen<kConfig.dtype>(pieces[0], x);
-  float mean[kChannels];
+  float mean[Tile::kChannels];
   load_mean<Tile>(mean_row, head_dim, lane, mean);
-
-  float largest = 0.0f;
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    if (!is_finite(x[c])) {
-      sums.is_bad = true;
-      x[c] = 0.0f;
-      mean[c] = 0.0f;  // y is then 0 too
-    }
-    if (!is_real) mean[c] = 0.0f;
-    sums.sum[c] += ptx::fma(x[c], kSumUnit, -(mean[c] * kSumUnit));
-    largest = ptx::max(largest, ptx::max(magnitude(x[c]), magnitude(mean[c])));
-  }
-  largest = lanes_max<Tile::kLanes>(largest);
-  // 2^(126 - e) for largest = 1.m * 2^e: the exponent's field is 253 less that of the largest, and
-  // at least 1. A subnormal number, whose field is 0, comes to 2^-23 or more.
-  const int field = 253 - static_cast<int>(bits_of_float(largest) >> 23);
-  const float scale = float_from_bits(static_cast<u32>(field < 1 ? 1 : field) << 23);
-
-  float squares = 0.0f;
-  float mean_squares = 0.0f;
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    const float scaled_mean = mean[c] * scale;
-    x[c] = ptx::fma(x[c], scale, -scaled_mean);
-    squares = ptx::fma(x[c], x[c], squares);
-    mean_squares = ptx::fma(scaled_mean, scaled_mean, mean_squares);
-  }
-  squares = lanes_sum<Tile::kLanes>(squares);
-  mean_squares = lanes_sum<Tile::kLanes>(mean_squares);
-  if (squares > mean_squares * (kNoise * kNoise)) {
-    const float inverse = ptx::rsqrt_approx(squares);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) sums.unit[c] = ptx::fma(x[c], inverse, sums.unit[c]);
-    sums.has_direction = true;
-  }
+  float y[Tile::kChannels];
+  add_careful<Tile>(x, mean, token < end, y, sums);
 }
 
 // The block's `count` real tokens, those of this thread's slot.
@@ -353,15 +242,9 @@ CS_DEV void gather_block(const HeadRows& rows, int count, const float* mean_row,
   constexpr int kBatch = Tile::kBatch;
   float offset[Tile::kChannels];
   load_mean<Tile>(mean_row, head_dim, place.lane, offset);
-  float mean_squares = 0.0f;
 #pragma unroll
-  for (int c = 0; c < Tile::kChannels; ++c) {
-    offset[c] = -(offset[c] * kSumUnit);
-    mean_squares = ptx::fma(offset[c], offset[c], mean_squares);
-  }
-  // An infinite floor sends every token to the careful path: right, if slow.
-  const float floor =
-      ptx::max(kSmallSquare, lanes_sum<Tile::kLanes>(mean_squares) * (kNoise * kNoise));
+  for (int c = 0; c < Tile::kChannels; ++c) offset[c] = -(offset[c] * kSumUnit);
+  const float floor = ordinary_floor<Tile>(offset);
 
   // Every thread takes the same turns, so that whole warps meet in the shuffles.
   for (int turn = 0; turn < count; turn += kBatch * Tile::kSlots) {
@@ -394,14 +277,8 @@ CS_DEV void gather_block(const HeadRows& rows, int count, const float* mean_row,
 template <PoolConfig kConfig>
 CS_KERNEL void __launch_bounds__(kThreads, 6) pool_blocks(const PoolParams params) {
   using Tile = PoolTile<kConfig>;
-  constexpr int kSums = kThreads * Tile::kChannels;
-  CS_SMEM(smem);  // float [slot][channel] of y, the same of y / |y|, then a word and a sum per warp
-  float* s_sum = reinterpret_cast<float*>(smem);
-  float* s_unit = s_sum + kSums;
-  u32* s_flags = reinterpret_cast<u32*>(s_unit + kSums);
-  float* s_squares = reinterpret_cast<float*>(s_flags + kWarps);
-
-  const int thread = static_cast<int>(ptx::thread_x());
+  CS_SMEM(smem);  // what finish_block takes
+  float* s_sums = reinterpret_cast<float*>(smem);
   const u32 item = ptx::block_x();
   const u32 block_idx = item % params.num_blocks;
   const u32 head = item / params.num_blocks;  // of all batch items
@@ -425,40 +302,9 @@ CS_KERNEL void __launch_bounds__(kThreads, 6) pool_blocks(const PoolParams param
   BlockSums<Tile::kChannels> sums;
   gather_block<kConfig>(rows, count, mean_row, head_dim, place, sums);
 
-  store_sums<Tile>(s_sum, place, sums.sum);
-  store_sums<Tile>(s_unit, place, sums.unit);
-  const bool has_direction = ptx::ballot(sums.has_direction) != 0;
-  const bool is_bad = ptx::ballot(sums.is_bad) != 0;
-  const u32 flags_of_warp = (has_direction ? 1u : 0u) | (is_bad ? 2u : 0u);
-  if (thread % 32 == 0) s_flags[thread / 32] = flags_of_warp;
-  ptx::sync_block();  // all slots and flags are stored before any is read
-
-  const float inverse_count = count > 0 ? 1.0f / static_cast<float>(count) : 0.0f;
-  float squares = 0.0f;
-#pragma unroll 1
-  for (int channel = thread; channel < head_dim; channel += kThreads) {
-    // Two numbers near the largest may differ by more than float32 holds: the mean saturates.
-    const float block_mean = sum_slots<Tile>(s_sum, channel) * (inverse_count / kSumUnit);
-    params.block_mean[static_cast<s64>(item) * head_dim + channel] = saturated(block_mean);
-    const float mean_unit = sum_slots<Tile>(s_unit, channel) * inverse_count;
-    squares = ptx::fma(mean_unit, mean_unit, squares);
-  }
-  squares = lanes_sum<32>(squares);
-  if (thread % 32 == 0) s_squares[thread / 32] = squares;
-  ptx::sync_block();  // the warps' sums are stored before the first thread adds them
-
-  if (thread == 0) {
-    float similarity = 0.0f;
-    u32 flags = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      similarity += s_squares[warp];
-      flags |= s_flags[warp];
-    }
-    if ((flags & 1u) == 0) similarity = 1.0f;  // no token points anywhere: all are alike
-    if ((flags & 2u) != 0) similarity = -1.0f;
-    params.similarity[item] = ptx::min(similarity, 1.0f);  // rounding must not pass 1
-  }
+  finish_block<Tile>(s_sums, reinterpret_cast<u32*>(s_sums + 2 * kThreads * Tile::kChannels), place,
+                     sums, count, head_dim, params.block_mean + static_cast<s64>(item) * head_dim,
+                     params.similarity + item);
 }
 
 }  // namespace cusparge

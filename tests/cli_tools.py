@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -67,3 +68,6 @@ def hide(monkeypatch, *names):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fake)
+    for module in list(sys.modules):  # what another test has loaded
+        if module.partition(".")[0] in names:
+            monkeypatch.delitem(sys.modules, module)

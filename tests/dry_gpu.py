@@ -77,7 +77,9 @@ class DryGpu(StandInGpu, Gpu):
         monkeypatch.setattr(devices, "list_gpus", lambda: listed)
         for adapter in (TorchAdapter, CupyAdapter, DlpackAdapter):
             monkeypatch.setattr(adapter, "stream", lambda _, device: self.now._handle)
-            monkeypatch.setattr(adapter, "is_capturing", lambda _, device: self.now._graph is not None)
+            monkeypatch.setattr(
+                adapter, "is_capturing", lambda _, device: self.now._graph is not None
+            )
 
     def launch(self, variant, grid, block, params, shared_bytes):
         self.complain()

@@ -259,7 +259,7 @@ def two_gpus(monkeypatch):
         return [small(1 + index).expression for index, _ in enumerate(dtypes)]
 
     monkeypatch.setattr(variants, "_OWNERS", ())
-    monkeypatch.setattr(variants, "_declared", {"one": ("small.cu", expressions)})
+    monkeypatch.setattr(variants, "_declared", {"one": ("small.cu", expressions, True)})
     fake.asked = asked
     return fake
 

@@ -22,7 +22,10 @@ EXAMPLES = {
     "choose_policy.py": (r"TopCdf\(cdf_threshold=0\.\d+, sim_threshold=-?\d\.\d\)", None),
     "what_inspect_shows.py": (r"all heads together: sparsity \d+\.\d%", None),
     "packed_sequences.py": (r"(same bytes as alone: True(.|\n)*){5}", None),
-    "jax_jit.py": (r"compiled: 1\nsame bits as outside of jit: True\n\(2, 4, 7, 64\) pooled", "jax"),
+    "jax_jit.py": (
+        r"compiled: 1\nsame bits as outside of jit: True\n\(2, 4, 7, 64\) pooled",
+        "jax",
+    ),
     "compile_for_a_fleet.py": (r"on the other machine: \d+ kernels", "cuda.pathfinder"),
 }
 

@@ -149,18 +149,18 @@ MISTAKES = {
     ),
     "a tail divides by the block": (
         "pool.cu",
-        "1.0f / static_cast<float>(count)",
-        "1.0f / static_cast<float>(block_tokens)",
+        "sums, count, head_dim",
+        "sums, block_tokens, head_dim",
         PAIRS,
     ),
     "the second barrier is missing": (
-        "pool.cu",
+        "pooling.cuh",
         "ptx::sync_block();  // the warps' sums",
         "// the warps' sums",
         PAIRS,
     ),
     "the first barrier is missing": (
-        "pool.cu",
+        "pooling.cuh",
         "ptx::sync_block();  // all slots and flags",
         "// all slots and flags",
         PAIRS,
@@ -216,12 +216,12 @@ MISTAKES = {
     ),
     "infinities in the mean": ("pool.cu", "!kClear || is_finite(x[c])", "true", BAD),
     "an infinity counts as minus the mean": (
-        "pool.cu",
+        "pooling.cuh",
         "mean[c] = 0.0f;  // y is then 0 too",
         "",
         BAD,
     ),
-    "a bad block is not marked": ("pool.cu", "sums.is_bad = true;", "", BAD),
+    "a bad block is not marked": ("pooling.cuh", "sums.is_bad = true;", ";", BAD),
     "the careful path is the lane's own": (
         "pool.cu",
         "if (ptx::ballot(is_real && !is_ordinary) != 0)",
@@ -229,22 +229,22 @@ MISTAKES = {
         BAD,
     ),
     "a careful tail is minus the mean": (
-        "pool.cu",
+        "pooling.cuh",
         "if (!is_real) mean[c] = 0.0f;",
         "",
         Case("float16", (1, 1, 33, 24), fill=pool_cases.at_mean),
     ),
     "squares vanish": ("pool.cu", "squares > floor &&", "squares > 0.0f &&", MIXED),
     "squares overflow": ("pool.cu", "&& squares <= kLargeSquare", "", MIXED),
-    "no scale": ("pool.cu", "<< 23);\n\n", "<< 23) * 0 + 1.0f;\n\n", TINY),
+    "no scale": ("pooling.cuh", "<< 23);\n\n", "<< 23) * 0 + 1.0f;\n\n", TINY),
     "noise has a direction": (
-        "pool.cu",
+        "pooling.cuh",
         "squares > mean_squares * (kNoise * kNoise)",
         "squares > 0.0f",
         AT_MEAN,
     ),
     "tiny tokens have none": (
-        "pool.cu",
+        "pooling.cuh",
         "sums.unit[c]);\n    sums.has_direction = true;",
         "sums.unit[c]);",
         TINY,
@@ -255,8 +255,8 @@ MISTAKES = {
         "= sum;",
         Case("float32", (1, 1, 255, 8), fill=pool_cases.peak),
     ),
-    "a block's mean overflows": ("pool.cu", "= saturated(block_mean);", "= block_mean;", HUGE),
-    "rounding passes 1": ("pool.cu", "ptx::min(similarity, 1.0f)", "similarity", ALIKE),
+    "a block's mean overflows": ("pooling.cuh", "= saturated(mean);", "= mean;", HUGE),
+    "rounding passes 1": ("pooling.cuh", "ptx::min(sum, 1.0f)", "sum", ALIKE),
     "half of the lanes are summed": (
         "rows.cuh",
         "int step = kLanes / 2",
@@ -272,7 +272,7 @@ MISTAKES = {
     "a word behind the row": ("rows.cuh", "4 * i < bytes", "4 * i <= bytes", EVEN),
     "an element behind the row": ("rows.cuh", "2 * i < bytes", "2 * i <= bytes", ODD),
     "halves swapped": ("rows.cuh", "half[2] | half[3] << 16", "half[3] | half[2] << 16", ODD),
-    "a slot is forgotten": ("pool.cu", "for (int slot = 0;", "for (int slot = 1;", PAIRS),
+    "a slot is forgotten": ("pooling.cuh", "for (int slot = 0;", "for (int slot = 1;", PAIRS),
 }
 
 

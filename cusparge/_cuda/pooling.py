@@ -14,7 +14,17 @@ from cusparge._cuda.params import NULL, Launch, Output, Plan, check_grid
 from cusparge._cuda.variants import HEAD_DIMS, Variant, declare
 from cusparge.errors import InvalidArgumentError
 
-__all__ = ["CHUNK_TOKENS", "MEAN_CHANNELS", "MEAN_THREADS", "THREADS", "pool_plan"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "ENUMERATORS",
+    "ITEM_BYTES",
+    "MEAN_CHANNELS",
+    "MEAN_THREADS",
+    "ROWS",
+    "THREADS",
+    "byte_strides",
+    "pool_plan",
+]
 
 #: Tokens whose sum one block of threads forms on the way to the mean (kChunkTokens).
 CHUNK_TOKENS = 256
@@ -26,18 +36,19 @@ THREADS = 128
 
 _FILE = "pool.cu"
 _FINISH = f"cusparge::finish_mean<{MEAN_CHANNELS}>"
-_ENUMERATORS = {"float16": "kFloat16", "bfloat16": "kBFloat16", "float32": "kFloat32"}
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+#: Names of the enumerators of cusparge::Dtype, and bytes of an element.
+ENUMERATORS = {"float16": "kFloat16", "bfloat16": "kBFloat16", "float32": "kFloat32"}
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 # The numbers of the structs of params.cuh, which follow their pointers.
-_ROWS = "4q2I"  # TokenRows
-_SUM = struct.Struct(f"<{_ROWS}2I")  # SumParams
+ROWS = "4q2I"  # TokenRows
+_SUM = struct.Struct(f"<{ROWS}2I")  # SumParams
 _MEAN = struct.Struct("<q4I")  # MeanParams
-_POOL = struct.Struct(f"<{_ROWS}2I")  # PoolParams
+_POOL = struct.Struct(f"<{ROWS}2I")  # PoolParams
 
 
 def _expression(kernel: str, dtype: str, head_dim: int) -> str:
-    config = f"cusparge::PoolConfig{{cusparge::Dtype::{_ENUMERATORS[dtype]}, {head_dim}}}"
+    config = f"cusparge::PoolConfig{{cusparge::Dtype::{ENUMERATORS[dtype]}, {head_dim}}}"
     return f"cusparge::{kernel}<{config}>"
 
 
@@ -92,7 +103,7 @@ def pool_plan(
         If the array has more blocks than one launch can have.
     """
     batch, heads, tokens, head_dim = shape
-    assert dtype in _ITEM_BYTES, dtype
+    assert dtype in ITEM_BYTES, dtype
     assert block_tokens in (64, 128), block_tokens
     assert 1 <= head_dim <= HEAD_DIMS[-1], shape
     assert min(shape) >= 0, shape
@@ -105,10 +116,10 @@ def pool_plan(
     launches: list[Launch] = []
     workspace_bytes = 0
     tile = next(size for size in HEAD_DIMS if head_dim <= size)
-    token_rows = (*_byte_strides(dtype, shape, strides), tokens, heads, head_dim)
+    token_rows = (*byte_strides(dtype, shape, strides), tokens, heads, head_dim)
     lengths = "lengths" if has_lengths else NULL
     # Each thread holds the sums of its channels: tokens are shared by at most a warp.
-    lanes = min(32, tile * _ITEM_BYTES[dtype] // 16)
+    lanes = min(32, tile * ITEM_BYTES[dtype] // 16)
     sums_bytes = THREADS * (tile // lanes) * 4
 
     if smooth:
@@ -161,7 +172,7 @@ def _launch(
     return Launch(variant, grid, (threads, 1, 1), shared_bytes, pointers, numbers)
 
 
-def _byte_strides(
+def byte_strides(
     dtype: str, shape: tuple[int, int, int, int], strides: tuple[int, int, int]
 ) -> tuple[int, int, int]:
     """Return the strides in bytes; 0 where there is nothing to step over.
@@ -171,7 +182,7 @@ def _byte_strides(
     """
     found = []
     for extent, stride in zip(shape, strides, strict=False):  # channels have none
-        step = stride * _ITEM_BYTES[dtype] if extent > 1 else 0
+        step = stride * ITEM_BYTES[dtype] if extent > 1 else 0
         if abs(step) * max(extent - 1, 0) >= 2**63:
             raise InvalidArgumentError(
                 f"strides reach beyond any memory: got {strides} for an array of shape {shape}; "

@@ -32,7 +32,7 @@ _DEFAULT_DTYPES = ("float16", "bfloat16")
 _DEFAULT_HEAD_DIMS = (64, 128)
 
 #: Modules that own kernels: importing them fills the table of declarations.
-_OWNERS = ("cusparge._cuda.pooling",)
+_OWNERS = ("cusparge._cuda.pooling", "cusparge._cuda.prologue", "cusparge._cuda.block_map")
 
 Expressions = Callable[[str, tuple[str, ...], tuple[int, ...]], Iterable[str]]
 
@@ -47,10 +47,10 @@ class Variant(NamedTuple):
     expression: str
 
 
-_declared: dict[str, tuple[str, Expressions]] = {}
+_declared: dict[str, tuple[str, Expressions, bool]] = {}
 
 
-def declare(name: str, *, file: str, expressions: Expressions) -> None:
+def declare(name: str, *, file: str, expressions: Expressions, in_use: bool = True) -> None:
     """Declare a family of kernels under a name of its own; a second declaration replaces it.
 
     Parameters
@@ -62,17 +62,26 @@ def declare(name: str, *, file: str, expressions: Expressions) -> None:
     expressions : callable
         ``expressions(arch, dtypes, head_dims)`` returns the name expressions for that architecture;
         `dtypes` is a subset of `DTYPES` and `head_dims` one of `HEAD_DIMS`, both in that order.
+    in_use : bool
+        Whether a public call launches them. Kernels that wait for their callers are compiled by
+        nobody but those who ask for all there are.
     """
-    _declared[name] = (file, expressions)
+    _declared[name] = (file, expressions, in_use)
 
 
 def select(
     arch: str, dtypes: Iterable[str] | None = None, head_dims: Iterable[int] | None = None
 ) -> tuple[Variant, ...]:
-    """Return the kernels for these dtypes and head sizes, each once; None stands for all of them.
+    """Return the kernels that calls need for these dtypes and head sizes, each once.
 
-    A head size from 1 to 256 stands for the kernel that computes it.
+    None stands for all of them. A head size from 1 to 256 stands for the kernel that computes it.
     """
+    return _matching(arch, dtypes, head_dims, every=False)
+
+
+def _matching(
+    arch: str, dtypes: Iterable[str] | None, head_dims: Iterable[int] | None, *, every: bool
+) -> tuple[Variant, ...]:
     for owner in _OWNERS:
         importlib.import_module(owner)
     wanted_dtypes = set(DTYPES if dtypes is None else dtypes)
@@ -81,7 +90,9 @@ def select(
         for dim in (HEAD_DIMS if head_dims is None else head_dims)
     }
     found: dict[Variant, None] = {}
-    for file, expressions in list(_declared.values()):
+    for file, expressions, in_use in list(_declared.values()):
+        if not (in_use or every):
+            continue
         for expression in expressions(
             arch,
             tuple(dtype for dtype in DTYPES if dtype in wanted_dtypes),
@@ -98,4 +109,4 @@ def default_variants(arch: str) -> tuple[Variant, ...]:
 
 def all_variants(arch: str) -> tuple[Variant, ...]:
     """Return every kernel that is declared for an architecture."""
-    return select(arch)
+    return _matching(arch, None, None, every=True)

@@ -56,6 +56,56 @@ struct PoolParams {
   u32 block_tokens;
 };
 
+// cusparge._cuda.prologue, "kv_statistics"
+struct StatisticsParams {
+  const void* k;
+  const void* v;
+  const s32* lengths;     // (batch,) real keys of each sequence; null: all
+  const s32* cu_seqlens;  // (sequences + 1,) where packed sequences begin and end; null: a batch
+  float* partial;         // [k, v] (row, chunk, channel); a row is a head of a batch item
+  TokenRows k_rows;
+  TokenRows v_rows;
+  u32 num_sequences;
+  u32 num_rows;
+  u32 num_chunks;  // of a row
+  u32 unused;
+};
+
+// cusparge._cuda.prologue, "prologue". Blocks are 128 queries and 64 keys; "row" as above.
+struct PrologueParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  const s32* lengths;       // of keys, as in StatisticsParams
+  const s32* cu_seqlens_q;  // both null, or neither
+  const s32* cu_seqlens_k;
+  const float* partial;
+  s8* q_tile;           // (row, block, half, tile)
+  float* q_scale;       // (row, block, 128)
+  float* q_mean;        // (row, block, channel)
+  float* q_similarity;  // (row, block)
+  float* q_shift;       // (row, block, 128); null: not wanted
+  s8* k_tile;           // (row, block, tile)
+  float* k_scale;       // (row, block, 4)
+  float* k_mean;        // (row, block, channel)
+  float* k_similarity;  // (row, block)
+  u8* k_bad;            // (row, block)
+  float* token_mean;    // (sequence, head, channel)
+  u8* v_tile;           // (row, block, tile)
+  float* v_scale;       // (sequence, head, channel)
+  TokenRows q_rows;
+  TokenRows k_rows;
+  TokenRows v_rows;
+  u32 num_sequences;
+  u32 num_rows_q;
+  u32 num_rows_k;
+  u32 num_blocks_q;  // of a row
+  u32 num_blocks_k;
+  u32 num_chunks;
+  float q_factor;  // scale of a query's codes over its largest magnitude, with the sign of sm_scale
+  float sm_scale;
+};
+
 // NVRTC before 13.5 has no __builtin_offsetof, and no header to take offsetof from; this is what
 // its front end makes of one.
 #if defined(__CUDACC_RTC__)
@@ -99,6 +149,51 @@ CUSPARGE_AT(PoolParams, rows, 40);
 CUSPARGE_AT(PoolParams, num_blocks, 80);
 CUSPARGE_AT(PoolParams, block_tokens, 84);
 static_assert(sizeof(PoolParams) == 88);
+
+CUSPARGE_AT(StatisticsParams, k, 0);
+CUSPARGE_AT(StatisticsParams, v, 8);
+CUSPARGE_AT(StatisticsParams, lengths, 16);
+CUSPARGE_AT(StatisticsParams, cu_seqlens, 24);
+CUSPARGE_AT(StatisticsParams, partial, 32);
+CUSPARGE_AT(StatisticsParams, k_rows, 40);
+CUSPARGE_AT(StatisticsParams, v_rows, 80);
+CUSPARGE_AT(StatisticsParams, num_sequences, 120);
+CUSPARGE_AT(StatisticsParams, num_rows, 124);
+CUSPARGE_AT(StatisticsParams, num_chunks, 128);
+static_assert(sizeof(StatisticsParams) == 136);
+
+CUSPARGE_AT(PrologueParams, q, 0);
+CUSPARGE_AT(PrologueParams, k, 8);
+CUSPARGE_AT(PrologueParams, v, 16);
+CUSPARGE_AT(PrologueParams, lengths, 24);
+CUSPARGE_AT(PrologueParams, cu_seqlens_q, 32);
+CUSPARGE_AT(PrologueParams, cu_seqlens_k, 40);
+CUSPARGE_AT(PrologueParams, partial, 48);
+CUSPARGE_AT(PrologueParams, q_tile, 56);
+CUSPARGE_AT(PrologueParams, q_scale, 64);
+CUSPARGE_AT(PrologueParams, q_mean, 72);
+CUSPARGE_AT(PrologueParams, q_similarity, 80);
+CUSPARGE_AT(PrologueParams, q_shift, 88);
+CUSPARGE_AT(PrologueParams, k_tile, 96);
+CUSPARGE_AT(PrologueParams, k_scale, 104);
+CUSPARGE_AT(PrologueParams, k_mean, 112);
+CUSPARGE_AT(PrologueParams, k_similarity, 120);
+CUSPARGE_AT(PrologueParams, k_bad, 128);
+CUSPARGE_AT(PrologueParams, token_mean, 136);
+CUSPARGE_AT(PrologueParams, v_tile, 144);
+CUSPARGE_AT(PrologueParams, v_scale, 152);
+CUSPARGE_AT(PrologueParams, q_rows, 160);
+CUSPARGE_AT(PrologueParams, k_rows, 200);
+CUSPARGE_AT(PrologueParams, v_rows, 240);
+CUSPARGE_AT(PrologueParams, num_sequences, 280);
+CUSPARGE_AT(PrologueParams, num_rows_q, 284);
+CUSPARGE_AT(PrologueParams, num_rows_k, 288);
+CUSPARGE_AT(PrologueParams, num_blocks_q, 292);
+CUSPARGE_AT(PrologueParams, num_blocks_k, 296);
+CUSPARGE_AT(PrologueParams, num_chunks, 300);
+CUSPARGE_AT(PrologueParams, q_factor, 304);
+CUSPARGE_AT(PrologueParams, sm_scale, 308);
+static_assert(sizeof(PrologueParams) == 312);
 
 #undef CUSPARGE_AT
 #undef CUSPARGE_OFFSET

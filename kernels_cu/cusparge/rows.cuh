@@ -105,13 +105,13 @@ CS_DEV V4 load_piece(const u8* source, int bytes) {
   return piece;
 }
 
-// A lane's pieces of kTokens tokens: first, first + kSlots, ... A token at `end` or after is zero.
-template <class Tile, int kAccess, int kTokens>
+// A lane's pieces of kTokens tokens: first, first + kStep, ... A token at `end` or after is zero.
+template <class Tile, int kAccess, int kTokens, int kStep = Tile::kSlots>
 CS_DEV void load_tokens(const HeadRows& rows, int first, int end, int lane,
                         V4 (&tokens)[kTokens][Tile::kPieces]) {
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
-    const int token = first + i * Tile::kSlots;
+    const int token = first + i * kStep;
     const u8* row = rows.data + token * rows.stride_token;
 #pragma unroll
     for (int piece = 0; piece < Tile::kPieces; ++piece) {

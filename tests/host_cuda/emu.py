@@ -162,7 +162,8 @@ class _Module:
         folder = cache_folder()
         source = folder / f"thunk-{_digest(thunk)}.cpp"
         _build(source, lambda out: out.write_text(thunk))
-        flags = [*KERNEL_FLAGS, "-include", HERE / "prelude.h", f"-I{KERNELS}", f"-I{HERE}"]
+        folders = [Path(file).parent, KERNELS, HERE]  # a changed copy before the original
+        flags = [*KERNEL_FLAGS, "-include", HERE / "prelude.h", *(f"-I{one}" for one in folders)]
         text = _compile([COMPILER, *flags, "-E", source])
         names = {line.split('"')[1] for line in text.splitlines() if line.startswith("# ")}
         self.files = {path: path.read_bytes() for path in map(Path, names) if path.is_file()}
