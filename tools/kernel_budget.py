@@ -9,8 +9,8 @@
 
 For each kernel and architecture ``kernels_cu/budget.json`` holds the registers of a thread and the
 instructions of the machine code (16 bytes each; the padding at the end of a function left out), as
-the NVRTC named in it makes them. A kernel may grow by 5 % unnoticed, or by 15 % under another
-version of NVRTC; stack, spills and local memory are 0 everywhere. No GPU is needed.
+the NVRTC named in it makes them. A kernel may grow by 5 % unnoticed. Another version of NVRTC may
+make 15 % more instructions and take 30 % more registers (12.8 and 13.0 take 80 for 64 once). Stack, spills and local memory are 0 everywhere. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 #: Growth that needs no new budget: with the NVRTC of the budget, and with any other.
 TOLERANCE = 0.05
 TOLERANCE_ELSEWHERE = 0.15
+REGISTERS_ELSEWHERE = 0.30
 
 #: The lowest 12 bits of an instruction: no operation, and the branch to itself behind the last one.
 _PADDING = {0x918, 0x947}
@@ -101,8 +102,12 @@ def compare(variant, arch, budget):
     if wanted is None:
         problems.append("is not in the budget: run tools/kernel_budget.py --write")
     elif "instructions" in found:
-        tolerance = TOLERANCE if version == budget["nvrtc"] else TOLERANCE_ELSEWHERE
-        for what, limit in zip(("registers", "instructions"), wanted, strict=True):
+        bounds = (TOLERANCE, TOLERANCE)
+        if version != budget["nvrtc"]:
+            bounds = (REGISTERS_ELSEWHERE, TOLERANCE_ELSEWHERE)
+        for what, limit, tolerance in zip(
+            ("registers", "instructions"), wanted, bounds, strict=True
+        ):
             if found[what] > limit * (1 + tolerance):
                 problems.append(
                     f"{found[what]} {what}; the budget is {limit} (NVRTC {budget['nvrtc']}, here "
