@@ -17,8 +17,8 @@
 // The first two write the same outputs, among them the queue from which attention takes its rows,
 // longest first (queue.cuh), and every element is written but the queue's spare places. Its counts
 // must be zero beforehand: any earlier kernel on the stream may zero them (clear_queue_counts),
-// which the last kernel does where a call has none. The map needs no second launch, and repeats bit
-// for bit; only the order of equals in the queue does not.
+// which the last kernel does where a call has none. No kernel does so yet, so a map is two launches
+// today. It repeats bit for bit; only the order of equals in the queue does not.
 //
 // Layout: map_params.cuh. A tile's rows read the same keys: query blocks of one head and of those
 // that share its keys. Each warp reads key blocks 16 bytes a lane, coalesced, and multiplies them

@@ -166,6 +166,11 @@ HOSTILE = (
     ((-5, 300, 200, 10**9), (0, 900, 100, 500)),
     ((900, 0, 100, 899), (-(2**31), 2**31 - 1, 0, 900)),
     ((5, 133, 640, 700), (9, 9, 512, 901)),
+    # The sequence whose end is wrong has queries and keys.
+    ((0, 300, 10**9), (0, 100, 2**31 - 1)),
+    ((-(2**31), 500, 900), (-7, 450, 10**9)),
+    ((0, 900, 2**31 - 1, 2**31 - 1), (0, 2**31 - 1, 0, 900)),
+    ((2**31 - 1, -(2**31), 900), (2**31 - 1, -(2**31), 900)),
 )
 
 
@@ -265,6 +270,8 @@ CASES = [
         cu_k=tuple(100 * (i // 2 * 2) for i in range(41)),
     ),
     Case((1, 1, 1, 900, 900, 8), cu_q=(0, 300, 900), cu_k=(0, 120, 900), max_seqlen_k=300),
+    # No sequence at all: every row belongs to none.
+    Case((1, 1, 1, 300, 300, 8), cu_q=(0,), cu_k=(0,)),
     # Scales, forced blocks without end, and calls without a queue.
     *(Case((1, 2, 1, 300, 1291, 8), scale=scale) for scale in (-0.25, 0.0, 2.0**-26, 2.0**20)),
     Case((1, 2, 1, 300, 1291, 8), scale=2.0**-40, fill="tiny"),

@@ -284,6 +284,8 @@ def test_without_a_mistake_nothing_is_found(planted, case, rng):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_seen(planted, name, rng):
     planted.choose(name)
-    found = findings(planted, MISTAKES[name].case, rng)
+    found = []
+    for _ in range(8):  # inputs are random: a few of them do not show it
+        found = found or findings(planted, MISTAKES[name].case, rng)
     print(*found, sep="\n")
     assert found, "the mistake went unseen"

@@ -203,6 +203,7 @@ def map_plan(
     num_rules = len(table) // _RULE.size
     is_uploaded = num_rules > MAX_RULES
     rule = RULES["topk"] if isinstance(policy, TopK) else RULES[policy.rule]
+    assert math.isfinite(sm_scale), sm_scale
     scale_log2 = min(max(sm_scale * math.log2(math.e), -_LARGEST_FLOAT), _LARGEST_FLOAT)
     numbers = _CHOOSE.pack(
         *call.numbers,
@@ -307,7 +308,7 @@ class _Call:
             shape.seqlen_q,
             shape.seqlen_k,
             offset,
-            shape.num_sequences or shape.batch,
+            shape.batch if shape.num_sequences is None else shape.num_sequences,
             shape.heads_q,
             shape.blocks_q,
             shape.blocks_k,
