@@ -10,7 +10,8 @@
 For each kernel and architecture ``kernels_cu/budget.json`` holds the registers of a thread and the
 instructions of the machine code (16 bytes each; the padding at the end of a function left out), as
 the NVRTC named in it makes them. A kernel may grow by 5 % unnoticed. Another version of NVRTC may
-make 15 % more instructions and take 30 % more registers (12.8 and 13.0 take 80 for 64 once). Stack, spills and local memory are 0 everywhere. No GPU is needed.
+make 15 % more instructions and take 30 % more registers (12.8 and 13.0 take 80 for 64 once). Stack,
+spills and local memory are 0 everywhere. No GPU is needed.
 """
 
 from __future__ import annotations
