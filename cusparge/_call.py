@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from cusparge import _check, _graph, _options
-from cusparge._arrays import Adapter, adapter_for
-from cusparge._arrays.torch_ops import is_recording, not_traced
+from cusparge._arrays import Adapter, Device, adapter_for
+from cusparge._arrays.torch_ops import not_traced
 from cusparge._backend import Backend, backend_for
+from cusparge._graph.results import results
 from cusparge._types import (
     BLOCK_K,
     BLOCK_Q,
-    AttentionStats,
     BlockMap,
     Problem,
     num_blocks,
@@ -26,10 +26,12 @@ __all__ = ["attention", "attention_varlen", "predict_block_map"]
 _eager = not_traced("it is computed at once")
 
 
-def _is_traced(adapter: Adapter, *arrays: Any) -> bool:
-    """Tell whether any array has no memory to read, so that the call belongs into a graph."""
-    recorded = adapter.framework == "torch" and is_recording()
-    return recorded or any(adapter.is_traced(array) for array in arrays)
+def _adapted(backend: str, **arrays: Any) -> tuple[Adapter, Device]:
+    """Return the adapter and the device of the arrays, given by argument name."""
+    adapter, device = adapter_for(**arrays)
+    if device.kind == "cuda" and adapter.framework != "torch":  # JAX would say it late, wrapped
+        backend_for(backend, device)
+    return adapter, device
 
 
 @_eager
@@ -57,9 +59,7 @@ def attention(
     with_stats = _options.check_flag("return_stats", return_stats)
     with_numerics = _options.check_flag("check_numerics", check_numerics)
     backend = _options.check_backend(backend)
-    adapter, device = adapter_for(q=q, k=k, v=v)
-    if device.kind == "cuda" and adapter.framework != "torch":  # JAX would say it late, wrapped
-        backend_for(backend, device)
+    adapter, device = _adapted(backend, q=q, k=k, v=v)
     common = {
         "policy": policy,
         "causal": causal,
@@ -68,7 +68,7 @@ def attention(
         "layout": layout,
         "seqlens_k": seqlens_k,
     }
-    if _is_traced(adapter, q, k, v, seqlens_k):
+    if _graph.is_needed(adapter, q, k, v, seqlens_k):
         return _graph.of(adapter.framework).attention(
             *(q, k, v),
             **common,
@@ -121,9 +121,7 @@ def attention_varlen(
     with_stats = _options.check_flag("return_stats", return_stats)
     with_numerics = _options.check_flag("check_numerics", check_numerics)
     backend = _options.check_backend(backend)
-    adapter, device = adapter_for(q=q, k=k, v=v)
-    if device.kind == "cuda" and adapter.framework != "torch":  # JAX would say it late, wrapped
-        backend_for(backend, device)
+    adapter, device = _adapted(backend, q=q, k=k, v=v)
     common = {
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
@@ -132,7 +130,7 @@ def attention_varlen(
         "causal_align": causal_align,
         "sm_scale": sm_scale,
     }
-    if _is_traced(adapter, q, k, v, cu_seqlens_q, cu_seqlens_k):
+    if _graph.is_needed(adapter, q, k, v, cu_seqlens_q, cu_seqlens_k):
         return _graph.of(adapter.framework).attention_varlen(
             *(q, k, v, cu_seqlens_q, cu_seqlens_k),
             **common,
@@ -191,12 +189,8 @@ def _compute(
         ordered,
         None if lse is None else lse.data,
     )
-    results = [finish_out()]
-    if with_lse:
-        results.append(finish_lse())
-    if with_stats:
-        results.append(AttentionStats(counts))
-    return results[0] if len(results) == 1 else tuple(results)
+    sums = finish_lse() if with_lse else None
+    return results(finish_out(), sums, counts, with_lse, with_stats)
 
 
 @_eager
@@ -214,9 +208,7 @@ def predict_block_map(
 ) -> BlockMap:
     """Compute `cusparge.predict_block_map`."""
     backend = _options.check_backend(backend)
-    adapter, device = adapter_for(q=q, k=k)
-    if device.kind == "cuda" and adapter.framework != "torch":  # JAX would say it late, wrapped
-        backend_for(backend, device)
+    adapter, device = _adapted(backend, q=q, k=k)
     common = {
         "policy": policy,
         "causal": causal,
@@ -225,7 +217,7 @@ def predict_block_map(
         "layout": layout,
         "seqlens_k": seqlens_k,
     }
-    if _is_traced(adapter, q, k, seqlens_k):
+    if _graph.is_needed(adapter, q, k, seqlens_k):
         made: BlockMap = _graph.of(adapter.framework).predict_block_map(
             q, k, **common, backend=backend
         )

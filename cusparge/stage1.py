@@ -18,12 +18,12 @@ import numpy as np
 
 from cusparge import _check, _graph, _options
 from cusparge._arrays import Adapter, DeviceArray, adapter_for, adapter_of
-from cusparge._arrays.torch_ops import in_graph, is_recording, not_traced
+from cusparge._arrays.torch_ops import in_graph, not_traced
 from cusparge._cpu import pooling as on_cpu
-from cusparge._cuda import backend as on_gpu
 from cusparge._cuda.devices import require_device
 from cusparge._cuda.launch import functions, run
 from cusparge._cuda.params import Plan
+from cusparge._cuda.pooling import pool_plan
 from cusparge._types import Layout, pooled_shapes, whole_number
 from cusparge.errors import DeviceError, InvalidArgumentError, shown
 
@@ -59,7 +59,7 @@ def pool_blocks(
     layout: Layout = "HND",
     seqlens: Any = None,
 ) -> PooledBlocks:
-    """Pool blocks of tokens and measure how alike their tokens are (arXiv:2502.18137, section 3.3).
+    """Pool blocks of tokens and measure how alike their tokens are (arXiv:2502.18137, section 3.2).
 
     Parameters
     ----------
@@ -111,8 +111,7 @@ def _pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> 
             f"block is not a block size: got {shown(block)}; allowed 64 and 128."
         )
     smooth = _options.check_flag("smooth", smooth)
-    recorded = adapter.framework == "torch" and is_recording()
-    if recorded or adapter.is_traced(x) or adapter.is_traced(seqlens):
+    if _graph.is_needed(adapter, x, seqlens):
         trace = _graph.pooling_of(adapter.framework).pool_blocks
         where = device.index if device.kind == "cuda" and adapter.framework == "jax" else None
         return PooledBlocks(*trace(x, size, smooth, layout, seqlens, where))
@@ -125,7 +124,9 @@ def _pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> 
     view = _check.check_one_array(adapter.view(x, "x"), "x", layout)
     if device.kind == "cuda":
         lengths = _device_lengths(adapter, x, view, seqlens)
-        plan = on_gpu.pool_plan_of(view, size, smooth, lengths is not None)
+        plan = pool_plan(
+            *(view.dtype, view.shape, view.strides[:3], size, smooth, lengths is not None)
+        )
         if key is not None:
             if len(_known) >= _MOST_KNOWN:
                 _known.clear()
@@ -138,20 +139,12 @@ def _pool_blocks(x: Any, block: Any, smooth: Any, layout: Any, seqlens: Any) -> 
     }
     outputs = {name: out.data for name, (out, _) in made.items()}
     on_cpu.pool_blocks(view, host_lengths, size, outputs)
-    return PooledBlocks(**{_FIELDS[name]: finish() for name, (_, finish) in made.items()})
-
-
-def _run(x: Any, *, block: int, smooth: bool, layout: str, seqlens: Any) -> PooledBlocks:
-    """Pool when a compiled graph runs."""
-    return _pool_blocks(x, block, smooth, layout, seqlens)
+    return PooledBlocks(*(finish() for _, finish in made.values()))
 
 
 #: Calls on CUDA arrays that have passed every check: signature and options -> device and plan.
 _known: dict[Any, tuple[int, Plan]] = {}
 _MOST_KNOWN = 1024
-
-#: Names of results, as backends write them and as users read them.
-_FIELDS = {"block_mean": "mean", "similarity": "similarity", "token_mean": "token_mean"}
 
 
 def _launch(
@@ -165,8 +158,7 @@ def _launch(
     """Allocate in the caller's framework, and queue the kernels on its stream."""
     kernels = functions(plan, device, partial(adapter.is_capturing, device))
     made, pointers = adapter.empty(plan.shapes, x)
-    addresses = {"workspace": 0}
-    addresses.update(zip(plan.names, pointers, strict=True))
+    addresses = dict(zip(plan.names, pointers, strict=True))
     addresses["x"] = adapter.address(x) if view is None else view.pointer
     addresses["lengths"] = 0 if lengths is None else lengths.pointer
     workspace = made.pop() if plan.workspace_bytes else None
@@ -211,4 +203,4 @@ def _device_lengths(
     return lengths_view
 
 
-_graph.install_pooling(_run, PooledBlocks)
+_graph.install_pooling(_pool_blocks, PooledBlocks)

@@ -1,4 +1,4 @@
-// Token means and pooled blocks: what stage 1 needs to know of Q and K (arXiv:2502.18137, 3.3).
+// Token means and pooled blocks: what stage 1 needs to know of Q and K (arXiv:2502.18137, 3.2).
 //
 //   token_mean[c]  =  (1/N) sum_t x[t][c]                               N real tokens of a sequence
 //   block_mean[c]  =  (1/n) sum_t y[t][c],    y = x - token_mean (K)  or  y = x (Q)

@@ -7,7 +7,7 @@
 //   mean and similarity                 of 128 q and of 64 k', as pool.cu has them, edges included
 //
 // as in SageAttention (arXiv:2410.02367, 3.2 and 3.3) with finer groups, and in SpargeAttn
-// (arXiv:2502.18137, 3.3). Outputs are contiguous, and every byte is written whatever the lengths
+// (arXiv:2502.18137, 3.2). Outputs are contiguous, and every byte is written whatever the lengths
 // are. A row is a head of a batch item, or a head where sequences are packed:
 //
 //   q_tile  (row, block, 2, tile)     k_tile, v_tile  (row, block, tile)   bytes: see tiles.cuh

@@ -11,7 +11,7 @@ from cusparge._arrays.protocol import NO_UPLOAD, Finish
 from cusparge._arrays.view import Device, DeviceArray
 from cusparge.errors import DeviceError, InvalidArgumentError, UnsupportedError
 
-__all__ = ["TorchAdapter"]
+__all__ = ["TorchAdapter", "is_recording"]
 
 
 class TorchAdapter:
@@ -109,8 +109,8 @@ class TorchAdapter:
             return None
         if torch.autograd.forward_ad._current_level >= 0 or _is_functorch(array):
             return None
-        if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-            return None  # operators are recorded
+        if is_recording():
+            return None
         aligned = array.data_ptr() & 3
         return array.shape, array.stride(), array.dtype, array.device, aligned
 
@@ -152,6 +152,12 @@ class TorchAdapter:
 
     def queued(self, views: tuple[Any, ...], device: int) -> None:
         """Nothing is to be kept: torch's allocator orders reuse by the stream."""
+
+
+def is_recording() -> bool:
+    """Tell whether torch records operators (make_fx, torch.jit.trace): it must see ours as one."""
+    recorder = sys.modules["torch"]._C
+    return recorder._len_torch_dispatch_stack() > 0 or recorder._get_tracing_state() is not None
 
 
 def needs_gradient(name: str) -> str:

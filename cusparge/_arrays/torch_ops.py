@@ -28,7 +28,7 @@ from cusparge._arrays.torch import TorchAdapter
 from cusparge.errors import InvalidArgumentError, UnsupportedError, shown
 from cusparge.policy import Dense, TopCdf, TopK
 
-__all__ = ["call", "implement", "in_graph", "is_recording", "not_traced"]
+__all__ = ["call", "implement", "in_graph", "not_traced"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -74,12 +74,6 @@ def in_graph() -> bool:
     import torch
 
     return bool(torch.compiler.is_dynamo_compiling())
-
-
-def is_recording() -> bool:
-    """Tell whether torch records operators (make_fx, torch.jit.trace): it must see ours as one."""
-    recorder = sys.modules["torch"]._C
-    return recorder._len_torch_dispatch_stack() > 0 or recorder._get_tracing_state() is not None
 
 
 def implement(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -30,8 +30,7 @@ CANCELLED = "NVRTC_ERROR_CANCELLED"
 
 #: Seconds that a fork waits before it cancels: most kernels are done by then.
 _FORK_PATIENCE = 0.5
-#: Seconds to wait for a cancelled compilation. NVRTC took up to 3.5 s for a kernel that takes 8 s
-#: to compile, and a few hundredths for kernels like those of this package.
+#: Seconds to wait for a cancelled compilation: NVRTC notices late where one kernel is very long.
 _PATIENCE = 30
 
 _answer = ctypes.create_string_buffer(b"0")

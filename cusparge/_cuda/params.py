@@ -125,9 +125,11 @@ class Plan:
     def fill(self, **addresses: int) -> tuple[bytes, ...]:
         """Return the struct of every launch, with the addresses of its arrays.
 
-        Takes the address of each name in the launches' `pointers`, apart from `NULL`.
+        Takes the address of each name in the launches' `pointers`, apart from `NULL`, and from
+        "workspace" where none is needed.
         """
         addresses[NULL] = 0
+        addresses.setdefault("workspace", 0)
         return tuple([pack(*pick(addresses)) + numbers for pack, pick, numbers in self._packers])
 
 

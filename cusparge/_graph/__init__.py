@@ -9,15 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from cusparge._arrays import Adapter
+from cusparge._arrays.torch import is_recording
 from cusparge._graph import jax, jax_pooling, torch, torch_pooling
 
-__all__ = ["install", "install_pooling", "jax", "of", "pooling_of", "torch", "torch_pooling"]
+__all__ = [
+    "install",
+    "install_pooling",
+    "is_needed",
+    "jax",
+    "of",
+    "pooling_of",
+    "torch",
+    "torch_pooling",
+]
 
 
 def install(**eager: Callable[..., Any]) -> None:
     """Take the eager functions by the names of the public calls."""
     torch.install(eager)
     jax.install(eager)
+
+
+def is_needed(adapter: Adapter, *arrays: Any) -> bool:
+    """Tell whether any array has no memory to read, so that the call belongs into a graph."""
+    recorded = adapter.framework == "torch" and is_recording()
+    return recorded or any(adapter.is_traced(array) for array in arrays)
 
 
 def of(framework: str) -> Any:

@@ -46,29 +46,28 @@ class _Pool:
 
     def plan(self) -> Any:
         """Return what is launched on a GPU."""
-        from cusparge._cuda.backend import pool_plan_of  # `import cusparge` does without
+        from cusparge._cuda.pooling import pool_plan  # `import cusparge` does without
 
-        return pool_plan_of(self._heads_first(0, 0), self.block, self.smooth, self.has_lengths)
+        view = self._heads_first(0, 0)
+        strides = view.strides[:3]
+        return pool_plan(
+            *(view.dtype, view.shape, strides, self.block, self.smooth, self.has_lengths)
+        )
 
     def outputs(self) -> tuple[Outline, ...]:
         """Return the pooled arrays, and the workspace of a GPU."""
-        plan = self.plan()
-        pooled = tuple(Outline(one.shape, "float32") for one in plan.outputs)
-        return (*pooled, Outline((plan.workspace_bytes,), "uint8"))
+        return tuple(Outline(shape, "float32") for shape in self.plan().shapes)
 
     def host(self, *arrays: Any) -> Sequence[Any]:
         """Compute on the host."""
         x, *lengths = arrays
-        made = _eager[0](
-            x,
-            block=self.block,
-            smooth=self.smooth,
-            layout=self.layout,
-            seqlens=lengths[0] if lengths else None,
-        )
-        workspace = np.empty(self.plan().workspace_bytes, np.uint8)
-        token_mean = () if made.token_mean is None else (made.token_mean,)
-        return (made.mean, made.similarity, *token_mean, workspace)
+        seqlens = lengths[0] if lengths else None
+        made = _eager[0](x, self.block, self.smooth, self.layout, seqlens)
+        pooled = [made.mean, made.similarity]
+        if made.token_mean is not None:
+            pooled.append(made.token_mean)
+        unused = self.plan().shapes[len(pooled) :]  # the workspace, which the host needs not
+        return [*pooled, *(np.empty(shape, np.float32) for shape in unused)]
 
     def device(
         self, stream: int, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
@@ -77,8 +76,7 @@ class _Pool:
         from cusparge._cuda.launch import run
 
         plan = self.plan()
-        addresses = {one.name: out.pointer for one, out in zip(plan.outputs, outputs, strict=False)}
-        addresses["workspace"] = outputs[-1].pointer
+        addresses = {name: out.pointer for name, out in zip(plan.names, outputs, strict=True)}
         addresses["x"] = inputs[0].pointer
         addresses["lengths"] = inputs[1].pointer if self.has_lengths else 0
         run(plan, addresses, device=inputs[0].device, stream=stream)

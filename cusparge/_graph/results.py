@@ -1,4 +1,4 @@
-"""What the public calls return, of arrays that a trace stands in for. Traced itself."""
+"""What the public calls return, eagerly and in a trace. Traced itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["results"]
 
 
 def results(out: Any, lse: Any, counts: Any, return_lse: bool, return_stats: bool) -> Any:
-    """Return what was asked for, in the order of the eager call."""
+    """Return what was asked for, in the documented order."""
     wanted = [out]
     if return_lse:
         wanted.append(lse)

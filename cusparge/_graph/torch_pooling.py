@@ -43,13 +43,7 @@ def pool_blocks(
 def _run_pool(
     x: Any, lengths: Any, block: Any, smooth: Any, layout: Any, lengths_list: Any
 ) -> tuple[Any, ...]:
-    made = _eager[0](
-        x,
-        block=block,
-        smooth=smooth,
-        layout=layout,
-        seqlens=lengths if lengths is not None else lengths_list,
-    )
+    made = _eager[0](x, block, smooth, layout, lengths if lengths is not None else lengths_list)
     token_mean = made.token_mean if smooth else x.new_empty((0,), dtype=made.mean.dtype)
     return made.mean, made.similarity, token_mean
 
